@@ -1,0 +1,66 @@
+# Needs python3 (3.11 to 3.13) with pip and venv. Everything goes to .venv and
+# .cache in this folder. On an accelerator: make quickstart EXTRAS=dev,cuda12
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+# Worker processes of the tests.
+JOBS ?= 2
+WORKDIR ?= runs/quickstart
+
+# The newest JAX this Python can have: make test JAX=newest VENV=.venv-newest
+JAX ?= pinned
+
+comma := ,
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(JAX)-$(subst $(comma),-,$(EXTRAS))
+CONSTRAINTS := $(VENV)/constraints-$(JAX).txt
+PYTEST := $(BIN)/python -m pytest -n $(JOBS)
+
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+# Write small programs to the cache as well: the tests compile thousands.
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
+
+.PHONY: install quickstart test test-all parity lint format clean
+
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --upgrade -c $(CONSTRAINTS) \
+	  -e ".[$(EXTRAS)]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/constraints-pinned.txt: constraints.txt | $(BIN)/python
+	cp constraints.txt $@
+
+$(VENV)/constraints-newest.txt: constraints.txt | $(BIN)/python
+	grep -v -E '^(jax|jaxlib)==' constraints.txt > $@
+
+quickstart: $(STAMP)
+	$(BIN)/python -m experiments.quickstart --workdir=$(WORKDIR) $(ARGS)
+
+test: $(STAMP)
+	$(PYTEST) $(ARGS)
+
+# Everything, the slowest and the comparisons with other implementations too.
+test-all:
+	$(MAKE) install EXTRAS=dev,parity
+	$(PYTEST) -m "" $(ARGS)
+
+parity:
+	$(MAKE) install EXTRAS=dev,parity
+	$(PYTEST) -m parity $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache .hypothesis .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Optimiser, losses, stages, step, checkpoints and metrics."""
