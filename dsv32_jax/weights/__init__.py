@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in and out, block-scaled float8 included."""
