@@ -1,0 +1,85 @@
+"""Norms, the gated MLP and the declaration of parameters."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+# B batch, T tokens, D model width, F hidden width, X any leading axes
+
+
+def parameter(rngs, shape, axes, *, scale, dtype) -> nnx.Param:
+  """Declares a normally initialised weight with logical axes.
+
+  Args:
+    rngs: source of the "params" key.
+    shape: sizes, one for each logical axis.
+    axes: logical axis names, which sharding.py maps to mesh axes.
+    scale: standard deviation.
+    dtype: storage type.
+  """
+  value = jax.random.normal(rngs.params(), shape, jnp.float32) * scale
+  return nnx.Param(value.astype(dtype), axes=axes)
+
+
+def rms_norm(x_XD, scale_D, epsilon: float):
+  """Root-mean-square norm in float32, cast back to x's type at the end."""
+  x32 = x_XD.astype(jnp.float32)
+  variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+  normed = x32 * jax.lax.rsqrt(variance + epsilon)
+  return (normed * scale_D.astype(jnp.float32)).astype(x_XD.dtype)
+
+
+def layer_norm(x_XD, scale_D, bias_D, epsilon: float):
+  """LayerNorm with bias in float32, cast back to x's type at the end."""
+  x32 = x_XD.astype(jnp.float32)
+  mean = jnp.mean(x32, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+  normed = (x32 - mean) * jax.lax.rsqrt(variance + epsilon)
+  return (normed * scale_D + bias_D).astype(x_XD.dtype)
+
+
+def swiglu(gate_XF, up_XF):
+  """silu(gate) * up, the product in float32, in gate's type."""
+  product = jax.nn.silu(gate_XF.astype(jnp.float32)) * up_XF.astype(jnp.float32)
+  return product.astype(gate_XF.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """A learned scale after root-mean-square normalisation."""
+
+  def __init__(self, width: int, *, epsilon: float, dtype):
+    self.scale = nnx.Param(jnp.ones((width,), dtype), axes=("norm",))
+    self.epsilon = epsilon
+
+  def __call__(self, x_BTD):
+    return rms_norm(x_BTD, self.scale[...], self.epsilon)
+
+
+class LayerNorm(nnx.Module):
+  """A learned scale and bias after layer normalisation, always float32."""
+
+  def __init__(self, width: int, *, epsilon: float):
+    self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("norm",))
+    self.bias = nnx.Param(jnp.zeros((width,), jnp.float32), axes=("norm",))
+    self.epsilon = epsilon
+
+  def __call__(self, x_BTD):
+    return layer_norm(x_BTD, self.scale[...], self.bias[...], self.epsilon)
+
+
+class Mlp(nnx.Module):
+  """The gated feed-forward network: down(silu(gate x) * up x)."""
+
+  def __init__(self, width, hidden_width, *, rngs, scale, dtype):
+    kwargs = dict(scale=scale, dtype=dtype)
+    wide, narrow = (width, hidden_width), (hidden_width, width)
+    self.gate = parameter(rngs, wide, ("embed", "ffn"), **kwargs)
+    self.up = parameter(rngs, wide, ("embed", "ffn"), **kwargs)
+    self.down = parameter(rngs, narrow, ("ffn", "embed"), **kwargs)
+
+  def __call__(self, x_BTD):
+    dtype = x_BTD.dtype
+    gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...].astype(dtype))
+    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...].astype(dtype))
+    hidden_BTF = swiglu(gate_BTF, up_BTF)
+    return jnp.einsum("BTF,FD->BTD", hidden_BTF, self.down[...].astype(dtype))

@@ -1,0 +1,155 @@
+"""Multi-head latent attention with DeepSeek Sparse Attention.
+
+Each token leaves a latent of C numbers, one rotated key of R and one index key
+of K; attention.py attends to them.
+"""
+
+from flax import nnx
+import jax.numpy as jnp
+
+from dsv32_jax.model import attention as attention_lib
+from dsv32_jax.model import cache as cache_lib
+from dsv32_jax.model import config as config_lib
+from dsv32_jax.model import indexer as indexer_lib
+from dsv32_jax.model import layers
+from dsv32_jax.model import rope
+from dsv32_jax.model import selection as selection_lib
+
+# B batch, T queries, S keys, D model width, U query latent, C latent, H heads,
+# N nope width, R rotary width, Q = N + R, V value width, P rotary pairs
+
+
+class LatentAttention(nnx.Module):
+  """One layer's attention with its indexer."""
+
+  def __init__(self, config: config_lib.ModelConfig, *, rngs, dtype):
+    self.config = config
+    width, heads = config.width, config.num_heads
+    rank, latent = config.query_latent_width, config.latent_width
+    epsilon = config.norm_epsilon
+
+    def parameter(shape, axes):
+      return layers.parameter(
+        rngs, shape, axes, scale=config.initializer_scale, dtype=dtype
+      )
+
+    self.query_down = parameter((width, rank), ("embed", "query_latent"))
+    self.query_norm = layers.RMSNorm(rank, epsilon=epsilon, dtype=dtype)
+    self.query_up = parameter(
+      (rank, heads, config.query_width), ("query_latent", "heads", None)
+    )
+    self.latent_down = parameter(
+      (width, latent + config.rope_width), ("embed", "latent")
+    )
+    self.latent_norm = layers.RMSNorm(latent, epsilon=epsilon, dtype=dtype)
+    self.key_up = parameter(
+      (latent, heads, config.nope_width), ("latent", "heads", None)
+    )
+    self.value_up = parameter(
+      (latent, heads, config.value_width), ("latent", "heads", None)
+    )
+    self.output = parameter(
+      (heads, config.value_width, width), ("heads", None, "embed")
+    )
+    self.indexer = indexer_lib.Indexer(config, rngs=rngs, dtype=dtype)
+
+  def __call__(
+    self,
+    x_BTD,
+    rotation,
+    sight: selection_lib.Visibility,
+    options: attention_lib.AttentionOptions,
+    *,
+    layer,
+    cache: cache_lib.LayerCache | None = None,
+    length_B=None,
+    replay=None,
+  ):
+    """Attends from x's tokens to themselves, or to the cache they join.
+
+    Args:
+      x_BTD: the layer's normed input.
+      rotation: cos_BTP and sin_BTP.
+      sight: visibility of the queries.
+      options: selector and form.
+      layer: int32 scalar, the layer's number.
+      cache: this layer's cache, or None.
+      length_B: tokens the cache holds, where there is one.
+      replay: a recorded selection, words or indices, or None.
+
+    Returns:
+      out_BTD, the new cache, and a dict: `selection`, `kl_BT`, `index`
+      (IndexInputs with every key) and `trace` (named intermediates).
+    """
+    dtype = x_BTD.dtype
+    query_latent_BTU, query_nope, query_rope = self.project_query(
+      x_BTD, rotation
+    )
+    latent_BTC, key_rope_BTR = self.project_latent(x_BTD, rotation)
+    index = self.indexer(
+      x_BTD, query_latent_BTU, *rotation, quantized=options.index_quantized
+    )
+    held = cache_lib.LayerCache(latent_BTC, key_rope_BTR, index.key_BTK)
+    if cache is not None:
+      held = cache_lib.LayerCache(
+        *(cache_lib.append(a, b, length_B) for a, b in zip(cache, held))
+      )
+    projected = attention_lib.Projected(
+      query_nope,
+      query_rope,
+      held.latent_BSC.astype(dtype),
+      held.key_rope_BSR.astype(dtype),
+      self.key_up[...].astype(dtype),
+      self.value_up[...].astype(dtype),
+    )
+    index_key_BSK = held.index_key_BSK.astype(index.query_BTIK.dtype)
+    form = attention_lib.choose_form(
+      options, x_BTD.shape[1], held.latent_BSC.shape[1]
+    )
+    chosen = attention_lib.select(
+      options, form, index, index_key_BSK, sight, layer=layer, replay=replay
+    )
+    values_BTHV, kl_BT = attention_lib.attend(
+      options,
+      form,
+      projected,
+      chosen,
+      sight,
+      index,
+      index_key_BSK,
+      scale=self.config.softmax_scale,
+    )
+    out_BTD = jnp.einsum(
+      "BTHV,HVD->BTD", values_BTHV, self.output[...].astype(dtype)
+    )
+    trace = dict(
+      query_latent=query_latent_BTU,
+      query_rope=query_rope,
+      latent=latent_BTC,
+      key_rope=key_rope_BTR,
+      index=index,
+    )
+    found = dict(selection=chosen, kl_BT=kl_BT, trace=trace)
+    return out_BTD, held if cache is not None else None, found
+
+  def project_query(self, x_BTD, rotation):
+    """Returns query_latent_BTU (normed), query_nope_BTHN, query_rope_BTHR."""
+    dtype = x_BTD.dtype
+    query_latent_BTU = self.query_norm(
+      jnp.einsum("BTD,DU->BTU", x_BTD, self.query_down[...].astype(dtype))
+    )
+    query_BTHQ = jnp.einsum(
+      "BTU,UHQ->BTHQ", query_latent_BTU, self.query_up[...].astype(dtype)
+    )
+    nope = self.config.nope_width
+    query_rope_BTHR = rope.rotate_interleaved(query_BTHQ[..., nope:], *rotation)
+    return query_latent_BTU, query_BTHQ[..., :nope], query_rope_BTHR
+
+  def project_latent(self, x_BTD, rotation):
+    """Returns latent_BTC (normed) and key_rope_BTR (rotated)."""
+    both_BTC = jnp.einsum(
+      "BTD,DC->BTC", x_BTD, self.latent_down[...].astype(x_BTD.dtype)
+    )
+    rank = self.config.latent_width
+    latent_BTC = self.latent_norm(both_BTC[..., :rank])
+    return latent_BTC, rope.rotate_interleaved(both_BTC[..., rank:], *rotation)

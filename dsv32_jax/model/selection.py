@@ -1,0 +1,188 @@
+"""Which keys a query attends to: the indexer's choice, and its controls.
+
+A selector is a value passed to the forward. `DENSE` selects every visible key,
+`TopK` is DeepSeek Sparse Attention, `Window` and `Random` are the controls
+that show what the indexer adds at the same number of keys.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv32_jax.model import indexer as indexer_lib
+from pallas_kernels import bitmask
+from pallas_kernels import index_select
+
+# B batch, T queries, S keys, I index heads, K index width, W mask words,
+# N selected keys
+
+
+class Selection(NamedTuple):
+  """Chosen keys, as a bitmask, as indices, or both.
+
+  Attributes:
+    mask_BTW: uint32; key s is bit s % 32 of word s // 32.
+    indices_BTN: int32, padded with -1.
+    invalid_BT: True where a NaN among the scores left the choice empty.
+  """
+
+  mask_BTW: jax.Array | None
+  indices_BTN: jax.Array | None
+  invalid_BT: jax.Array | None
+
+
+class Visibility(NamedTuple):
+  """Which keys causality and document boundaries allow.
+
+  Attributes:
+    slots_BT: int32 place of each query among the keys; it sees keys at its
+      own slot and before. -1 sees nothing.
+    query_segments_BT: int32 document of each query, or None.
+    key_segments_BS: int32 document of each key, or None.
+  """
+
+  slots_BT: jax.Array
+  query_segments_BT: jax.Array | None
+  key_segments_BS: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+  """Every visible key: plain causal attention."""
+
+  def __call__(self, index, key_BSK, sight, *, layer, want_indices):
+    del index, key_BSK, sight, layer, want_indices
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+  """The k best index scores, exactly, ties to the lowest index (eq. 2)."""
+
+  k: int
+
+  def __call__(
+    self,
+    index: indexer_lib.IndexInputs,
+    key_BSK,
+    sight: Visibility,
+    *,
+    layer,
+    want_indices: bool,
+  ) -> Selection:
+    del layer
+    return _select(
+      index.query_BTIK,
+      key_BSK,
+      index.weight_BTI,
+      sight,
+      top_k=self.k,
+      want_indices=want_indices,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+  """k visible keys by chance, drawn anew for each query and layer.
+
+  Keys get fixed random vectors and each query a random direction; the k
+  largest projections are a uniformly random subset of the visible keys.
+  """
+
+  k: int
+  seed: int = 0
+  width: int = 32
+
+  def __call__(self, index, key_BSK, sight, *, layer, want_indices):
+    del index
+    root = jax.random.fold_in(jax.random.key(self.seed), layer)
+    for_keys, for_queries = jax.random.split(root)
+    batch, num_keys = key_BSK.shape[:2]
+    shape = (num_keys, self.width)
+    keys_SK = jax.random.normal(for_keys, shape)
+    directions_SK = jax.random.normal(for_queries, shape)
+    query_BTK = directions_SK[jnp.maximum(sight.slots_BT, 0)]
+    # relu(qk) - relu(-qk) = qk: two heads undo the indexer's ReLU.
+    query_BTIK = jnp.stack([query_BTK, -query_BTK], axis=2)
+    weight_BTI = jnp.broadcast_to(
+      jnp.array([1.0, -1.0]), (*sight.slots_BT.shape, 2)
+    )
+    keys_BSK = jnp.broadcast_to(keys_SK, (batch, *shape))
+    return _select(
+      query_BTIK,
+      keys_BSK,
+      weight_BTI,
+      sight,
+      top_k=self.k,
+      want_indices=want_indices,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """The k most recent visible keys: sliding-window attention."""
+
+  k: int
+
+  def __call__(self, index, key_BSK, sight, *, layer, want_indices):
+    del index, layer
+    slots_BT = sight.slots_BT
+    offsets_N = jnp.arange(self.k, dtype=jnp.int32)
+    indices_BTN = slots_BT[..., None] - offsets_N
+    visible_BTN = indices_BTN >= 0
+    if sight.key_segments_BS is not None:
+      batch_B11 = jnp.arange(slots_BT.shape[0])[:, None, None]
+      segments_BTN = sight.key_segments_BS[batch_B11, jnp.maximum(indices_BTN, 0)]
+      visible_BTN &= segments_BTN == sight.query_segments_BT[..., None]
+    indices_BTN = jnp.where(visible_BTN, indices_BTN, -1)
+    mask_BTW = None
+    if not want_indices:
+      mask_BTW = window_mask(slots_BT, self.k, key_BSK.shape[1])
+    invalid_BT = jnp.zeros(slots_BT.shape, bool)
+    return Selection(mask_BTW, indices_BTN if want_indices else None, invalid_BT)
+
+
+Selector = Dense | TopK | Random | Window
+
+DENSE = Dense()
+
+
+def window_mask(slots_BT, window: int, num_keys: int):
+  """Packs keys in (slot - window, slot] without a [T, S] array.
+
+  The mask ignores segments: every kernel applies them again.
+  """
+  first_BT = jnp.maximum(slots_BT - window + 1, 0)
+  start_W = jnp.arange(-(-num_keys // 32), dtype=jnp.int32) * 32
+
+  def bits_below(bound_BT):
+    count_BTW = jnp.clip(bound_BT[..., None] - start_W, 0, 32)
+    full = jnp.uint32(0xFFFFFFFF)
+    shift_BTW = (32 - jnp.maximum(count_BTW, 1)).astype(jnp.uint32)
+    return jnp.where(count_BTW > 0, full >> shift_BTW, jnp.uint32(0))
+
+  return bits_below(slots_BT + 1) & ~bits_below(first_BT)
+
+
+def from_replay(replayed, *, num_keys: int) -> Selection:
+  """Makes a selection of recorded words (uint32) or indices (int32)."""
+  if replayed.dtype == jnp.uint32:
+    return Selection(replayed, None, None)
+  return Selection(bitmask.from_indices(replayed, num_keys), replayed, None)
+
+
+def _select(query_BTIK, key_BSK, weight_BTI, sight, *, top_k, want_indices):
+  chosen = index_select.index_select(
+    query_BTIK,
+    key_BSK,
+    weight_BTI,
+    sight.slots_BT,
+    top_k=top_k,
+    query_segments_BT=sight.query_segments_BT,
+    key_segments_BS=sight.key_segments_BS,
+    want_mask=not want_indices,
+    want_indices=want_indices,
+  )
+  return Selection(chosen.mask_BTW, chosen.indices_BTN, chosen.invalid_BT)

@@ -1,0 +1,190 @@
+"""The mesh: its axes, the rules that map logical axes to it, and shard_map.
+
+Model code names logical axes only. This file alone knows the mesh. Axes:
+`data` and `fsdp` split the batch (and fsdp the weights), `expert` splits the
+experts and, outside them, the batch, `context` splits the sequence, `tensor`
+splits heads and hidden widths. Inside the attention all heads of a query stay
+together: `context` and `tensor` split its queries.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+# Logical axis -> mesh axes, major first. An axis that is not listed is whole.
+RULES = {
+  "batch": ("data", "fsdp", "expert"),
+  "expert_batch": ("data", "fsdp"),
+  "length": ("context",),
+  "queries": ("context", "tensor"),
+  "vocab": ("tensor",),
+  "embed": ("fsdp",),
+  "heads": ("tensor",),
+  "ffn": ("tensor",),
+  "experts": ("expert",),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each mesh axis; -1 on at most one axis takes the rest."""
+
+  data: int = 1
+  fsdp: int = 1
+  expert: int = 1
+  context: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    sizes = [getattr(self, axis) for axis in AXES]
+    for axis, size in zip(AXES, sizes):
+      if size < 1 and size != -1:
+        raise ValueError(f"mesh.{axis}={size} must be positive or -1")
+    if sizes.count(-1) > 1:
+      raise ValueError(f"mesh={sizes} has more than one -1")
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+  """Builds the mesh over `devices` (default: all of them).
+
+  Raises:
+    ValueError: if the axes do not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = [getattr(config, axis) for axis in AXES]
+  if -1 in sizes:
+    known = -math.prod(sizes)
+    if len(devices) % known:
+      raise ValueError(f"mesh={sizes} does not divide {len(devices)} devices")
+    sizes[sizes.index(-1)] = len(devices) // known
+  if math.prod(sizes) != len(devices):
+    raise ValueError(
+      f"mesh={dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, there"
+      f" are {len(devices)}"
+    )
+  grid = np.asarray(devices).reshape(sizes)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def partition_spec(shape, axes, mesh) -> PartitionSpec:
+  """Maps logical axes to mesh axes where the sizes divide.
+
+  Args:
+    shape: array sizes; one longer than `axes` means a leading layer axis.
+    axes: logical names or None, one a dimension.
+    mesh: a mesh or an abstract mesh.
+  """
+  axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+  entries = []
+  for size, name in zip(shape, axes):
+    mesh_axes = [a for a in RULES.get(name, ()) if mesh.shape[a] > 1]
+    while mesh_axes and size % math.prod(mesh.shape[a] for a in mesh_axes):
+      mesh_axes.pop()
+    entries.append(tuple(mesh_axes) or None)
+  return PartitionSpec(*entries)
+
+
+def parameter_shardings(state, mesh: Mesh):
+  """Returns a NamedSharding for each variable of an nnx state.
+
+  Args:
+    state: nnx.State, concrete or abstract, whose variables carry `axes`
+      metadata; a variable without it is replicated.
+    mesh: the mesh to lay it on.
+  """
+  from flax import nnx
+
+  def sharding_of(variable):
+    axes = variable.get_metadata().get("axes", ())
+    shape = variable.get_value().shape
+    return NamedSharding(mesh, partition_spec(shape, axes, mesh))
+
+  return jax.tree.map(
+    sharding_of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+  )
+
+
+def batch_sharding(mesh: Mesh, shape) -> NamedSharding:
+  """The sharding of a [B, T] array of tokens."""
+  return NamedSharding(mesh, partition_spec(shape, ("batch", "length"), mesh))
+
+
+def _active_mesh():
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+    return None
+  return mesh
+
+
+def constrain(x, *axes):
+  """Constrains x to its logical axes; without a mesh returns x."""
+  mesh = _active_mesh()
+  if mesh is None:
+    return x
+  spec = partition_spec(x.shape, axes, mesh)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def shard_call(function, args, in_axes, out_axes):
+  """Calls function(*args) on each device's share.
+
+  Args:
+    function: takes arrays (or None) and returns a tuple of arrays whose
+      shapes, whole, are those it would return without a mesh.
+    args: a tuple of arrays; a None passes through.
+    in_axes: for each argument a tuple of logical axes, one a dimension.
+      Where an argument is whole along a split axis, it is gathered first.
+    out_axes: for each result likewise.
+  """
+  mesh = _active_mesh()
+  if mesh is None:
+    return function(*args)
+  present = [i for i, arg in enumerate(args) if arg is not None]
+
+  def on_present(*given):
+    full = [None] * len(args)
+    for i, value in zip(present, given):
+      full[i] = value
+    return function(*full)
+
+  given = [args[i] for i in present]
+  whole = jax.eval_shape(on_present, *given)
+  in_specs = tuple(
+    partition_spec(args[i].shape, in_axes[i], mesh) for i in present
+  )
+  out_specs = tuple(
+    partition_spec(result.shape, axes, mesh)
+    for result, axes in zip(whole, out_axes)
+  )
+  return jax.shard_map(
+    on_present, in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )(*given)
+
+
+def mesh_index(axis: str):
+  """This device's place along a mesh axis; 0 outside shard_call's mesh."""
+  if _active_or_manual() is None:
+    return 0
+  return jax.lax.axis_index(axis)
+
+
+def mesh_sum(x, *axes):
+  """Sums x over mesh axes inside shard_call; without a mesh returns x."""
+  if _active_or_manual() is None:
+    return x
+  return jax.lax.psum(x, axes)
+
+
+def _active_or_manual():
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not mesh.manual_axes:
+    return None
+  return mesh
