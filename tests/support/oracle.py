@@ -15,12 +15,10 @@ experts a token uses, W vocabulary, Y both halves of an MTP input.
 
 import numpy as np
 
-from tests.support import (
-  oracle_blocks,
-  oracle_layers,
-  oracle_losses,
-  oracle_ops,
-)
+from tests.support import oracle_blocks
+from tests.support import oracle_layers
+from tests.support import oracle_losses
+from tests.support import oracle_ops
 
 
 def forward(

@@ -10,7 +10,8 @@ index width, E experts, A experts a token uses, X any other width.
 
 import numpy as np
 
-from tests.support import oracle_layers, oracle_ops
+from tests.support import oracle_layers
+from tests.support import oracle_ops
 
 
 def rope_angles(config, positions_BT):
