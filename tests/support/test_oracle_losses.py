@@ -6,29 +6,16 @@ Axes: B batch, T queries, S keys, H heads, J selected keys, W vocabulary.
 import numpy as np
 import pytest
 
+from tests.support import finite_difference
 from tests.support import oracle_losses
 from tests.support import oracle_ops
 from tests.support import tolerances
 
 EXACT = tolerances.TOLERANCE["float64"]
-# Central differences with a step of 1e-6 lose half of float64's digits.
-STEP = 1e-6
-DIFFERENCE = (1e-6, 1e-8)
 
 
 def close(got, want, tolerance=EXACT):
   np.testing.assert_allclose(got, want, rtol=tolerance[0], atol=tolerance[1])
-
-
-def finite_difference(function, x_X):
-  """Central differences of a scalar function, entry by entry."""
-  grad_X = np.zeros_like(x_X)
-  for index in np.ndindex(x_X.shape):
-    high_X, low_X = x_X.copy(), x_X.copy()
-    high_X[index] += STEP
-    low_X[index] -= STEP
-    grad_X[index] = (function(high_X) - function(low_X)) / (2 * STEP)
-  return grad_X
 
 
 @pytest.fixture
@@ -60,11 +47,11 @@ def test_cross_entropy(rng):
     for b, t in np.ndindex(2, 3)
   )
   close(loss, want)
-  numeric_BTW = finite_difference(
+  numeric_BTW = finite_difference.finite_difference(
     lambda x: oracle_losses.cross_entropy(x, target_BT, weight_BT)[0],
     logits_BTW,
   )
-  close(grad_BTW, numeric_BTW, DIFFERENCE)
+  close(grad_BTW, numeric_BTW, finite_difference.DIFFERENCE_TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -97,10 +84,10 @@ def test_indexer_kl(rng, kl, top_k):
     q_J = q_J / q_J.sum()
     close(kl_BT[b, t], np.sum(p_J * np.log(p_J / q_J)))
   close(loss, np.sum(weight_BT * kl_BT))
-  numeric_BTS = finite_difference(
+  numeric_BTS = finite_difference.finite_difference(
     lambda x: kl(weights_BTHS, x, mask_BTS, weight_BT)[0], scores_BTS
   )
-  close(grad_BTS, numeric_BTS, DIFFERENCE)
+  close(grad_BTS, numeric_BTS, finite_difference.DIFFERENCE_TOLERANCE)
   assert (grad_BTS[~mask_BTS] == 0).all()
   close(grad_BTS.sum(-1), np.zeros((2, 6)))
 

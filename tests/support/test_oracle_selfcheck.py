@@ -7,29 +7,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.support import finite_difference
 from tests.support import oracle_layers
 from tests.support import oracle_ops
 from tests.support import tolerances
 
 EXACT = tolerances.TOLERANCE["float64"]
-# Central differences with a step of 1e-6 lose half of float64's digits.
-STEP = 1e-6
-DIFFERENCE = (1e-6, 1e-8)
 
 
 def close(got, want, tolerance=EXACT):
   np.testing.assert_allclose(got, want, rtol=tolerance[0], atol=tolerance[1])
-
-
-def finite_difference(function, x_X):
-  """Central differences of a scalar function, entry by entry."""
-  grad_X = np.zeros_like(x_X)
-  for index in np.ndindex(x_X.shape):
-    high_X, low_X = x_X.copy(), x_X.copy()
-    high_X[index] += STEP
-    low_X[index] -= STEP
-    grad_X[index] = (function(high_X) - function(low_X)) / (2 * STEP)
-  return grad_X
 
 
 @pytest.fixture
@@ -178,7 +165,11 @@ def test_index_scores_backward(rng):
       changed[place] = value
       return np.sum(grad_BTS * oracle_ops.index_scores(*changed))
 
-    close(got[place], finite_difference(total, arrays[place]), DIFFERENCE)
+    close(
+      got[place],
+      finite_difference.finite_difference(total, arrays[place]),
+      finite_difference.DIFFERENCE_TOLERANCE,
+    )
 
 
 def test_selection_by_sorting(rng):
