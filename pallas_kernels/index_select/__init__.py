@@ -1,0 +1,118 @@
+"""Scores of the lightning indexer and the exact choice of the k best keys.
+
+score[t, s] = sum_i weight[t, i] * relu(query[t, i] . key[s]) in float32
+(DeepSeek-V3.2 eq. 1); every scale factor is already inside the weight. A query
+gets exactly min(top_k, allowed keys) keys: the best scores, equal ones by the
+lowest index, -0.0 equal to 0.0.
+"""
+# B batch, T queries, S keys, I index heads, K index width, W words of 32 keys,
+# N selected keys
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import visibility
+from pallas_kernels.index_select import ref
+from pallas_kernels.index_select import xla
+from pallas_kernels.index_select.ref import index_scores
+
+__all__ = ["Selected", "index_scores", "index_select"]
+
+
+class Selected(NamedTuple):
+  """What the indexer chose for each query.
+
+  Attributes:
+    mask_BTW: uint32, key s is bit s % 32 of word s // 32; None if not wanted.
+    indices_BTN: int32 [B,T,top_k], padded at the end with -1, in any order;
+      None if not wanted.
+    lse_all_BT: float32 log-sum-exp of the scores of the allowed keys.
+    lse_selected_BT: float32 log-sum-exp of the scores of the selected keys.
+    invalid_BT: bool, a NaN among the allowed scores. Such a row selects
+      nothing, and like a row that sees no key has both sums at -inf.
+  """
+
+  mask_BTW: jax.Array | None
+  indices_BTN: jax.Array | None
+  lse_all_BT: jax.Array
+  lse_selected_BT: jax.Array
+  invalid_BT: jax.Array
+
+
+def index_select(
+  query_BTIK,
+  key_BSK,
+  weight_BTI,
+  slots_BT,
+  *,
+  top_k,
+  query_segments_BT=None,
+  key_segments_BS=None,
+  key_scale_BS=None,
+  want_mask=True,
+  want_indices=False,
+  implementation=None,
+):
+  """Selects the `top_k` best-scored keys of each query among those it may see.
+
+  Args:
+    query_BTIK: index queries; float8_e4m3fn values are allowed.
+    key_BSK: index keys, one head; float8_e4m3fn values are allowed.
+    weight_BTI: the weight of each head with every scale factor inside.
+    slots_BT: int32 key slot of each query; -1 for a padding query.
+    top_k: how many keys to select at most.
+    query_segments_BT: int32 segments; None is one segment.
+    key_segments_BS: int32 segments; None is one segment.
+    key_scale_BS: float32 factor of each key's scores, for quantised keys.
+    want_mask: whether to return the packed mask.
+    want_indices: whether to return the indices.
+    implementation: "ref", "xla", or None for the default.
+
+  Returns:
+    A `Selected`. No gradient flows through it.
+
+  Raises:
+    ValueError: shapes that do not fit, or an unknown implementation.
+  """
+  _check(query_BTIK, key_BSK, weight_BTI, slots_BT, key_scale_BS, top_k)
+  num_keys = key_BSK.shape[1]
+  visibility.check(slots_BT, num_keys, query_segments_BT, key_segments_BS)
+  implementations = {"ref": ref.select, "xla": xla.select}
+  name = "xla" if implementation is None else implementation
+  if name not in implementations:
+    raise ValueError(f"{implementation=} is not one of {list(implementations)}")
+  arrays = jax.lax.stop_gradient(
+    (
+      query_BTIK,
+      key_BSK,
+      weight_BTI,
+      slots_BT.astype(jnp.int32),
+      query_segments_BT,
+      key_segments_BS,
+      key_scale_BS,
+    )
+  )
+  return Selected(
+    *implementations[name](
+      *arrays, top_k=top_k, want_mask=want_mask, want_indices=want_indices
+    )
+  )
+
+
+def _check(query_BTIK, key_BSK, weight_BTI, slots_BT, key_scale_BS, top_k):
+  if query_BTIK.ndim != 4 or key_BSK.ndim != 3:
+    raise ValueError(f"{query_BTIK.shape=} {key_BSK.shape=} need 4 and 3 axes")
+  batch, queries, _, width = query_BTIK.shape
+  num_keys = key_BSK.shape[1]
+  if key_BSK.shape != (batch, num_keys, width) or num_keys < 1:
+    raise ValueError(f"{key_BSK.shape=} does not fit {query_BTIK.shape=}")
+  if weight_BTI.shape != query_BTIK.shape[:3]:
+    raise ValueError(f"{weight_BTI.shape=} does not fit {query_BTIK.shape=}")
+  if slots_BT.shape != (batch, queries):
+    raise ValueError(f"{slots_BT.shape=} does not fit {query_BTIK.shape=}")
+  if key_scale_BS is not None and key_scale_BS.shape != (batch, num_keys):
+    raise ValueError(f"{key_scale_BS.shape=} does not fit {key_BSK.shape=}")
+  if top_k < 1:
+    raise ValueError(f"{top_k=} must be at least 1")
