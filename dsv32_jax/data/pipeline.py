@@ -1,0 +1,338 @@
+"""The grain pipeline: shuffle, tokenise, pack, mix, batch, resume.
+
+Each source is shuffled anew every epoch, dealt out to the processes, encoded
+and packed into rows of its own; the rows of the sources are then mixed by
+weight, so a weight is a share of the tokens. Every stage is deterministic and
+its state is a few numbers: a pipeline that is restored goes on exactly where
+the saved one stood, whatever the number of reader threads.
+
+Axes: B batch, T sequence; 2 token id, and 1 if it is to be learnt else 0.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import json
+
+import grain
+import numpy as np
+
+from dsv32_jax.data import batch as batches
+from dsv32_jax.data import documents
+from dsv32_jax.data import mixture
+from dsv32_jax.data import packing
+from dsv32_jax.data import records
+from dsv32_jax.data import sources
+from dsv32_jax.data import tokenizer as tokenizers
+from dsv32_jax.data.bad_records import BadRecords
+
+_STATE_FORMAT = 1
+_READ_AHEAD = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """What to train or evaluate on.
+
+  Attributes:
+    sources: the mixture.
+    sequence_length: tokens a row.
+    batch_size: rows a step, over all processes.
+    packing: "concat" (documents follow one another and are cut at a row's end:
+      no padding) or "first_fit" (documents stay whole, one longer than a row
+      is a bad record).
+    seed: of the shuffle; None keeps the order of the files.
+    num_epochs: passes over the data; None never ends. A finite number takes
+      one source, and its last batch is filled up with padding.
+    num_workers: threads that read and encode ahead. The data do not depend on
+      it.
+    max_bad_records: malformed records tolerated, over all sources.
+    packing_bins: rows that first-fit fills at a time.
+    cache_bytes: memory a source may use for documents already encoded.
+    tokenizer: where the tokenizer comes from.
+  """
+
+  sources: tuple[sources.SourceConfig, ...]
+  sequence_length: int
+  batch_size: int
+  packing: str = "concat"
+  seed: int | None = 0
+  num_epochs: int | None = None
+  num_workers: int = 0
+  max_bad_records: int = 0
+  packing_bins: int = 32
+  cache_bytes: int = 2**29
+  tokenizer: tokenizers.TokenizerConfig = dataclasses.field(
+    default_factory=tokenizers.TokenizerConfig
+  )
+
+  def __post_init__(self):
+    if not self.sources:
+      raise ValueError("data.sources is empty")
+    for name in ("sequence_length", "batch_size", "packing_bins"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"data.{name}={getattr(self, name)} must be positive")
+    for name in ("num_workers", "max_bad_records", "cache_bytes"):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f"data.{name}={getattr(self, name)} must not be negative"
+        )
+    if self.packing not in _PACK:
+      raise ValueError(f"data.packing={self.packing!r} none of {list(_PACK)}")
+    if self.seed is not None and not 0 <= self.seed < 2**32:
+      raise ValueError(f"data.seed={self.seed} is not in 0 .. 2**32 - 1")
+    if self.num_epochs is not None:
+      if self.num_epochs < 1:
+        raise ValueError(f"data.num_epochs={self.num_epochs} must be positive")
+      if len(self.sources) > 1:
+        raise ValueError(
+          f"data.num_epochs={self.num_epochs} with {len(self.sources)} sources:"
+          " a finite pass takes one"
+        )
+
+
+def make_tokenizer(config: DataConfig) -> tokenizers.Tokenizer:
+  """Loads the configured tokenizer, or trains one on the sources.
+
+  Args:
+    config: each source gives its share of `tokenizer.sample_bytes` by weight.
+
+  Raises:
+    ValueError: the file is no tokenizer, or a source is unusable.
+  """
+  if config.tokenizer.path is not None:
+    return tokenizers.load(config.tokenizer.path)
+  bad_records = BadRecords(config.max_bad_records)
+  weight = sum(source.weight for source in config.sources)
+  texts = []
+  for source_config in config.sources:
+    share = config.tokenizer.sample_bytes * source_config.weight / weight
+    source = sources.open_source(source_config, bad_records)
+    texts.extend(sources.sample_texts(source, int(share)))
+  return tokenizers.train(texts, config.tokenizer.vocab_size)
+
+
+def make_batches(
+  config: DataConfig,
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> "BatchIterator":
+  """Opens the sources and returns this process's batches.
+
+  Args:
+    config: what to read and how.
+    tokenizer: encodes the documents.
+    process_index: which share of the data this process takes.
+    process_count: number of shares; divides config.batch_size.
+
+  Returns:
+    An iterator of batches of batch_size / process_count rows. Close it, or
+    use it in a with statement.
+
+  Raises:
+    ValueError: a source is unusable or has fewer records than processes, or
+      the processes do not divide the batch.
+  """
+  if not 0 <= process_index < process_count:
+    raise ValueError(f"{process_index=} is not below {process_count=}")
+  if config.batch_size % process_count:
+    raise ValueError(
+      f"data.batch_size={config.batch_size} is not a multiple of"
+      f" {process_count=}"
+    )
+  bad_records = BadRecords(config.max_bad_records)
+  opened = [sources.open_source(x, bad_records) for x in config.sources]
+  rows = []
+  for number, (source_config, source) in enumerate(zip(config.sources, opened)):
+    if len(source) < process_count:
+      raise ValueError(
+        f"source path={source_config.path!r} has {len(source)} records for"
+        f" {process_count=}"
+      )
+    tokenized = documents.TokenizedDocuments(
+      source,
+      source_config,
+      tokenizer,
+      bad_records,
+      max_length=(
+        config.sequence_length if config.packing == "first_fit" else None
+      ),
+      cache_bytes=config.cache_bytes,
+    )
+    share = _share(tokenized, config, number, process_index, process_count)
+    rows.append(_PACK[config.packing](share, config))
+  mixed = mixture.MixedRows(rows, [x.weight for x in config.sources])
+  local_batch_size = config.batch_size // process_count
+  manifest = {
+    "format": _STATE_FORMAT,
+    "process_index": process_index,
+    "process_count": process_count,
+    "tokenizer": tokenizer.fingerprint,
+    "sources": [source.identity for source in opened],
+    "settings": _settings(config),
+  }
+  return BatchIterator(
+    mixed.batch(local_batch_size, drop_remainder=False),
+    config.sequence_length,
+    local_batch_size,
+    bad_records,
+    manifest,
+  )
+
+
+class BatchIterator:
+  """Batches of one process, with a state that can be saved.
+
+  Attributes:
+    bad_records: what was malformed so far (`len`, `entries()`).
+  """
+
+  def __init__(
+    self,
+    dataset: grain.IterDataset,
+    sequence_length: int,
+    batch_size: int,
+    bad_records: BadRecords,
+    manifest: dict,
+  ):
+    self.bad_records = bad_records
+    self._iterator = iter(dataset)
+    self._sequence_length = sequence_length
+    self._batch_size = batch_size
+    self._manifest = manifest
+    self._num_batches = 0
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> batches.Batch:
+    packed = next(self._iterator)
+    self._num_batches += 1
+    missing = self._batch_size - len(packed["row"])
+    row_BT2, segments_BT, positions_BT = (
+      np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+      for x in (
+        packed["row"],
+        packed["segments"],
+        packed["positions"],
+      )
+    )
+    return batches.from_packed(
+      row_BT2[..., 0], row_BT2[..., 1], segments_BT, positions_BT
+    )
+
+  def get_state(self) -> bytes:
+    """Returns the position as JSON, for a checkpoint."""
+    return json.dumps(
+      {
+        "manifest": self._manifest,
+        "num_batches": self._num_batches,
+        "bad_records": self.bad_records.entries(),
+        "position": self._iterator.get_state(),
+      },
+      sort_keys=True,
+    ).encode()
+
+  def set_state(self, state: bytes):
+    """Goes to a saved position; the next batch is the one after it.
+
+    Args:
+      state: of `get_state`.
+
+    Raises:
+      ValueError: the state is garbled, or was saved with other processes,
+        data, tokenizer or settings, with which the same data cannot follow.
+    """
+    try:
+      saved = json.loads(state)
+      manifest = saved["manifest"]
+      position, num_batches = saved["position"], saved["num_batches"]
+      bad_records = saved["bad_records"]
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(f"data state is garbled: {error!r}") from error
+    for key, ours in self._manifest.items():
+      theirs = manifest.get(key)
+      if theirs != ours:
+        raise ValueError(_difference(key, theirs, ours))
+    self._iterator.set_state(position)
+    self._num_batches = num_batches
+    self.bad_records.restore(bad_records)
+
+  def close(self):
+    """Stops reader threads; the iterator cannot be used afterwards."""
+    self._iterator.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self.close()
+
+
+def _difference(key: str, theirs, ours) -> str:
+  """Says which part of the manifest differs."""
+  if isinstance(theirs, dict) and isinstance(ours, dict):
+    names = sorted(theirs.keys() | ours.keys())
+    changed = [x for x in names if theirs.get(x) != ours.get(x)]
+    key = f"{key}.{changed[0]}"
+    theirs, ours = theirs.get(changed[0]), ours.get(changed[0])
+  return (
+    f"data state was saved with {key}={theirs}, this run has {ours}: it would"
+    " not go on with the same data"
+  )
+
+
+def _settings(config: DataConfig) -> dict:
+  """Returns what the order and form of the data depend on."""
+  return {
+    "sequence_length": config.sequence_length,
+    "batch_size": config.batch_size,
+    "packing": config.packing,
+    "seed": config.seed,
+    "num_epochs": config.num_epochs,
+    "packing_bins": config.packing_bins,
+    "weights": [source.weight for source in config.sources],
+    "fields": [list(source.fields) for source in config.sources],
+    "kinds": [source.kind for source in config.sources],
+  }
+
+
+def _share(
+  tokenized: documents.TokenizedDocuments,
+  config: DataConfig,
+  number: int,
+  process_index: int,
+  process_count: int,
+) -> grain.IterDataset:
+  """Shuffles a source and deals every process its share, epoch by epoch."""
+  dataset = grain.MapDataset.source(tokenized)
+  if config.seed is not None:
+    seed = int(records.identity([(config.seed, number)])[:8], 16)
+    dataset = dataset.shuffle(seed=seed)
+  dataset = dataset[process_index::process_count]
+  dataset = dataset.repeat(config.num_epochs)
+  threads = config.num_workers
+  return dataset.to_iter_dataset(
+    grain.ReadOptions(
+      num_threads=threads, prefetch_buffer_size=threads * _READ_AHEAD
+    )
+  )
+
+
+def _concat(dataset: grain.IterDataset, config: DataConfig):
+  return packing.Concatenated(dataset, sequence_length=config.sequence_length)
+
+
+def _first_fit(dataset: grain.IterDataset, config: DataConfig):
+  return packing.FirstFit(
+    dataset,
+    sequence_length=config.sequence_length,
+    num_bins=config.packing_bins,
+  )
+
+
+_PACK: dict[str, Callable[[grain.IterDataset, DataConfig], object]] = {
+  "concat": _concat,
+  "first_fit": _first_fit,
+}
