@@ -10,6 +10,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from dsv32_jax import sharding
@@ -266,7 +267,7 @@ def select(options, form, index, index_key_BSK, sight, *, layer, replay):
     ),
     (("batch", "queries", None), ("batch", "queries")),
   )
-  keys = jax.ad_checkpoint.checkpoint_name(keys, "selection")
+  keys = ad_checkpoint.checkpoint_name(keys, "selection")
   if want_indices:
     return selection_lib.Selection(None, keys, invalid_BT)
   return selection_lib.Selection(keys, None, invalid_BT)
@@ -323,5 +324,5 @@ def attend(options, form, projected, chosen, sight, index, index_key, *, scale):
     ),
     (per_head, per_query)[: 2 if loss else 1],
   )
-  values_BTHV = jax.ad_checkpoint.checkpoint_name(results[0], "attention")
+  values_BTHV = ad_checkpoint.checkpoint_name(results[0], "attention")
   return values_BTHV, results[1] if loss else None

@@ -168,15 +168,12 @@ class MoE(nnx.Module):
     self.gate = parameter(wide, ("experts", "embed", "ffn"))
     self.up = parameter(wide, ("experts", "embed", "ffn"))
     self.down = parameter(narrow, ("experts", "ffn", "embed"))
-    self.shared = None
-    if config.num_shared_experts:
-      self.shared = layers.Mlp(
-        width,
-        hidden * config.num_shared_experts,
-        rngs=rngs,
-        scale=scale,
-        dtype=dtype,
-      )
+    shared = hidden * config.num_shared_experts
+    self.shared = (
+      layers.Mlp(width, shared, rngs=rngs, scale=scale, dtype=dtype)
+      if shared
+      else None
+    )
 
   def __call__(self, x_BTD, replay_BTA=None):
     """Returns out_BTD and the Routing."""

@@ -120,23 +120,21 @@ class Transformer(nnx.Module):
     self.compute_dtype = jnp.dtype(dtype if compute_dtype is None else compute_dtype)
     kwargs = dict(rngs=rngs, dtype=dtype)
     self.embed = Embedding(config, **kwargs)
-    self.dense_layers = nnx.data(
-      block_lib.stacked_blocks(
-        config, config.num_dense_layers, is_moe=False, **kwargs
-      )
+    self.dense_layers = block_lib.stacked_blocks(
+      config, config.num_dense_layers, is_moe=False, **kwargs
     )
-    self.moe_layers = nnx.data(
-      block_lib.stacked_blocks(
-        config, config.num_moe_layers, is_moe=True, **kwargs
-      )
+    self.moe_layers = block_lib.stacked_blocks(
+      config, config.num_moe_layers, is_moe=True, **kwargs
     )
     self.final_norm = layers.RMSNorm(
       config.width, epsilon=config.norm_epsilon, dtype=dtype
     )
     self.head = Head(config, **kwargs)
-    self.mtp = nnx.data(None)
-    if config.num_mtp_layers:
-      self.mtp = nnx.data(mtp_lib.MultiTokenPrediction(config, **kwargs))
+    self.mtp = (
+      mtp_lib.MultiTokenPrediction(config, **kwargs)
+      if config.num_mtp_layers
+      else None
+    )
 
   def __call__(
     self,
@@ -306,6 +304,6 @@ class Transformer(nnx.Module):
     """
     graph, state = nnx.split(self)
     model = nnx.merge(graph, state)
-    model.dense_layers = nnx.data(block_lib.unstack(self.dense_layers))
-    model.moe_layers = nnx.data(block_lib.unstack(self.moe_layers))
+    model.dense_layers = block_lib.unstack(self.dense_layers)
+    model.moe_layers = block_lib.unstack(self.moe_layers)
     return model

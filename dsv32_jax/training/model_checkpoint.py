@@ -1,0 +1,104 @@
+"""Models and training states in checkpoints: one layout for all programs.
+
+A checkpoint holds the tree `model` (every variable of the nnx module), while a
+stage runs also `optimizer`, and in its notes the model's config, so that a
+checkpoint alone describes the model.
+"""
+
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from dsv32_jax import config_files
+from dsv32_jax import sharding
+from dsv32_jax.model import config as config_lib
+from dsv32_jax.model import transformer
+from dsv32_jax.training import checkpoint as checkpoint_lib
+
+
+def abstract_model(
+  config: config_lib.ModelConfig, *, dtype, compute_dtype=None
+) -> transformer.Transformer:
+  """Describes a model without allocating it."""
+  return nnx.eval_shape(
+    lambda: transformer.Transformer(
+      config, rngs=nnx.Rngs(0), dtype=dtype, compute_dtype=compute_dtype
+    )
+  )
+
+
+def placed(state, mesh):
+  """Gives the abstract arrays of an nnx state their shardings.
+
+  Args:
+    state: abstract nnx.State.
+    mesh: where it will lie; None is the first device.
+  """
+  if mesh is None:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state
+    )
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    sharding.parameter_shardings(state, mesh),
+  )
+
+
+def model_notes(model: transformer.Transformer) -> dict[str, Any]:
+  """What a checkpoint says of its model."""
+  dtype = model.head.kernel[...].dtype
+  return {"model": config_files.dump(model.config), "dtype": dtype.name}
+
+
+def save_model(model: transformer.Transformer, folder, step: int = 0) -> None:
+  """Saves a model alone, and waits until it is on disk.
+
+  Raises:
+    ValueError: if the folder already has a checkpoint of this step or later.
+  """
+  with checkpoint_lib.Checkpointer(folder) as checkpointer:
+    checkpointer.save(step, {"model": nnx.state(model)}, model_notes(model))
+    checkpointer.wait()
+
+
+def load_model(
+  folder, *, dtype=None, compute_dtype=None, mesh=None, step: int | None = None
+) -> transformer.Transformer:
+  """Loads the model of a checkpoint, a stage's or a converted one.
+
+  Args:
+    folder: of the checkpoints.
+    dtype: type of the parameters; None keeps the checkpoint's. What is always
+      float32 stays so.
+    compute_dtype: type of the activations; None takes that of the parameters.
+    mesh: mesh to lay it on, or None for the first device.
+    step: a step, or None for the newest.
+
+  Raises:
+    FileNotFoundError: if there is no such checkpoint.
+    ValueError: if it is damaged, or holds no model.
+  """
+  checkpointer = checkpoint_lib.Checkpointer(folder, read_only=True)
+  with checkpointer:
+    step, notes = checkpointer.read_notes(step)
+    if not isinstance(notes, dict) or not {"model", "dtype"} <= notes.keys():
+      raise ValueError(f"checkpoint {folder} step {step} describes no model")
+    config = config_files.build(
+      config_lib.ModelConfig, notes["model"], f"{folder}: model"
+    )
+    saved_dtype = jnp.dtype(notes["dtype"])
+    abstract = abstract_model(config, dtype=saved_dtype)
+    _, state = nnx.split(abstract)
+    target = {"model": placed(state, mesh)}
+    state = checkpointer.restore(target, step).trees["model"]
+  dtype = saved_dtype if dtype is None else jnp.dtype(dtype)
+  wanted = abstract_model(config, dtype=dtype, compute_dtype=compute_dtype)
+  graph, abstract_state = nnx.split(wanted)
+  state = jax.tree.map(
+    lambda x, like: x.astype(like.dtype), state, abstract_state
+  )
+  return nnx.merge(graph, state)
