@@ -141,34 +141,34 @@ class ParquetFiles:
     sizes = []
     for path in paths:
       sizes.append((os.path.basename(path), os.path.getsize(path)))
-      table = self._read(path, bad_records)
-      if table is None:
+      try:
+        table = self._read(path)
+      except ValueError as error:
+        bad_records.add(path, 0, str(error))
         continue
       self._tables.append((path, table))
       self._index(bad_records)
     self.identity = records.identity(sizes)
 
-  def _read(self, path: str, bad_records: BadRecords) -> pyarrow.Table | None:
+  def _read(self, path: str) -> pyarrow.Table:
+    """Returns the columns of interest; ValueError says what is wrong."""
     if not os.path.getsize(path):
-      return bad_records.add(path, 0, "empty file")
+      raise ValueError("empty file")
     try:
       with parquet.ParquetFile(path) as file:
         absent = sorted(set(self._fields) - set(file.schema_arrow.names))
         if absent:
-          return bad_records.add(path, 0, f"no column {absent}")
+          raise ValueError(f"no column {absent}")
         table = file.read(columns=list(self._fields))
     # Corrupt pages surface as OSError, a corrupt footer as ArrowException.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-      reason = " ".join(str(error).split())[:200]
-      return bad_records.add(path, 0, f"not a whole Parquet file: {reason}")
+      raise ValueError(f"not a whole Parquet file: {_line(error)}") from error
     for field in self._fields:
       column_type = table.schema.field(field).type
       if not _is_string(column_type):
-        return bad_records.add(
-          path, 0, f"column {field!r} is {column_type}, not string"
-        )
+        raise ValueError(f"column {field!r} is {column_type}, not string")
     if not table.num_rows:
-      return bad_records.add(path, 0, "empty file: no rows")
+      raise ValueError("empty file: no rows")
     return table.combine_chunks()
 
   def _index(self, bad_records: BadRecords):
@@ -218,29 +218,26 @@ class ArrayRecordFiles:
     sizes = []
     for path in paths:
       sizes.append((os.path.basename(path), os.path.getsize(path)))
-      reader = self._open(path)
-      if reader is None:
+      try:
+        reader = self._open(path)
+      except (RuntimeError, ValueError, IndexError) as error:
+        bad_records.add(
+          path, 0, f"not a whole ArrayRecord file: {_line(error)}"
+        )
         continue
       self._readers.append((path, reader))
       self._ends.append(len(self) + reader.num_records())
     self.identity = records.identity(sizes)
 
   def _open(self, path: str):
-    """Returns a reader of at least one record, or None and a report."""
-    try:
-      reader = array_record_module.ArrayRecordReader(path)
-      num_records = reader.num_records()
-      if not reader.ok():
-        # A damaged file has no records, and says why when it is closed.
-        reader.close()
-        raise ValueError("no reason given")
-    except (RuntimeError, ValueError, IndexError) as error:
-      reason = " ".join(str(error).split())[:200]
-      return self._bad_records.add(
-        path, 0, f"not a whole ArrayRecord file: {reason}"
-      )
+    """Returns a reader of at least one record, or raises what is wrong."""
+    reader = array_record_module.ArrayRecordReader(path)
+    num_records = reader.num_records()
+    if not reader.ok():
+      # A damaged file has no records, and says why when it is closed.
+      reader.close()
     if not num_records:
-      return self._bad_records.add(path, 0, "empty file: no records")
+      raise ValueError("empty file: no records")
     return reader
 
   def __len__(self):
@@ -257,8 +254,7 @@ class ArrayRecordFiles:
       return records.parse_record(reader.read([row])[0], self._fields)
     # The library raises RuntimeError where a record's checksum is wrong.
     except (RuntimeError, ValueError, IndexError) as error:
-      reason = " ".join(str(error).split())[:200]
-      self._bad_records.add(path, row + 1, reason)
+      self._bad_records.add(path, row + 1, _line(error))
       self._faults.add(index)
     if len(self._faults) == len(self):
       raise ValueError(f"{path}: has no usable record")
@@ -274,3 +270,7 @@ def _is_string(column_type: pyarrow.DataType) -> bool:
   return pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(
     column_type
   )
+
+
+def _line(error: Exception) -> str:
+  return " ".join(str(error).split())[:200]

@@ -89,6 +89,11 @@ class DataConfig:
           " a finite pass takes one"
         )
 
+  @property
+  def max_document_length(self) -> int | None:
+    """Returns how many tokens a document may have; None for any number."""
+    return self.sequence_length if self.packing == "first_fit" else None
+
 
 def make_tokenizer(config: DataConfig) -> tokenizers.Tokenizer:
   """Loads the configured tokenizer, or trains one on the sources.
@@ -144,23 +149,21 @@ def make_batches(
   bad_records = BadRecords(config.max_bad_records)
   opened = [sources.open_source(x, bad_records) for x in config.sources]
   rows = []
-  for number, (source_config, source) in enumerate(zip(config.sources, opened)):
-    if len(source) < process_count:
-      raise ValueError(
-        f"source path={source_config.path!r} has {len(source)} records for"
-        f" {process_count=}"
-      )
-    tokenized = documents.TokenizedDocuments(
-      source,
-      source_config,
-      tokenizer,
-      bad_records,
-      max_length=(
-        config.sequence_length if config.packing == "first_fit" else None
+  for number, source in enumerate(opened):
+    share = _share(
+      documents.TokenizedDocuments(
+        source,
+        config.sources[number],
+        tokenizer,
+        bad_records,
+        max_length=config.max_document_length,
+        cache_bytes=config.cache_bytes,
       ),
-      cache_bytes=config.cache_bytes,
+      config,
+      number,
+      process_index,
+      process_count,
     )
-    share = _share(tokenized, config, number, process_index, process_count)
     rows.append(_PACK[config.packing](share, config))
   mixed = mixture.MixedRows(rows, [x.weight for x in config.sources])
   local_batch_size = config.batch_size // process_count
@@ -172,13 +175,8 @@ def make_batches(
     "sources": [source.identity for source in opened],
     "settings": _settings(config),
   }
-  return BatchIterator(
-    mixed.batch(local_batch_size, drop_remainder=False),
-    config.sequence_length,
-    local_batch_size,
-    bad_records,
-    manifest,
-  )
+  dataset = mixed.batch(local_batch_size, drop_remainder=False)
+  return BatchIterator(dataset, local_batch_size, bad_records, manifest)
 
 
 class BatchIterator:
@@ -191,14 +189,12 @@ class BatchIterator:
   def __init__(
     self,
     dataset: grain.IterDataset,
-    sequence_length: int,
     batch_size: int,
     bad_records: BadRecords,
     manifest: dict,
   ):
     self.bad_records = bad_records
     self._iterator = iter(dataset)
-    self._sequence_length = sequence_length
     self._batch_size = batch_size
     self._manifest = manifest
     self._num_batches = 0
@@ -306,6 +302,11 @@ def _share(
   process_count: int,
 ) -> grain.IterDataset:
   """Shuffles a source and deals every process its share, epoch by epoch."""
+  if len(tokenized) < process_count:
+    raise ValueError(
+      f"source path={config.sources[number].path!r} has {len(tokenized)}"
+      f" records for {process_count=}"
+    )
   dataset = grain.MapDataset.source(tokenized)
   if config.seed is not None:
     seed = int(records.identity([(config.seed, number)])[:8], 16)

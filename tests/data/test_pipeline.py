@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from dsv32_jax import config_files
 from dsv32_jax.data import files
 from dsv32_jax.data import pipeline
 from dsv32_jax.data import tokenizer as tokenizers
@@ -192,10 +193,10 @@ def test_resume_at_every_point(packing, workers, tokenizer, tmp_path):
     dataclasses.replace(numbered(tmp_path, "b", 17), weight=0.3),
   )
   plan = config(mixed, num_workers=workers, **PACKINGS[packing])
-  whole = read(plan, tokenizer, 24)
+  whole = read(plan, tokenizer, 14)
   with pipeline.make_batches(plan, tokenizer) as iterator:
     states = [iterator.get_state()]
-    for _ in range(18):
+    for _ in range(10):
       next(iterator)
       states.append(iterator.get_state())
   for point, state in enumerate(states):
@@ -204,7 +205,7 @@ def test_resume_at_every_point(packing, workers, tokenizer, tmp_path):
         next(iterator)
       iterator.set_state(state)
       assert iterator.get_state() == state
-      assert_equal([next(iterator) for _ in range(6)], whole[point : point + 6])
+      assert_equal([next(iterator) for _ in range(4)], whole[point : point + 4])
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -415,6 +416,23 @@ def test_changed_processes_data_and_tokenizer_are_refused(tokenizer, tmp_path):
     for garbled in (b"", b"[]", b"{}", b'{"manifest": 1}'):
       with pytest.raises(ValueError, match="garbled"):
         iterator.set_state(garbled)
+
+
+def test_a_config_file_gives_the_config():
+  given = {
+    "sources": [{"kind": "jsonl", "path": "x", "weight": 0.5}],
+    "sequence_length": 16,
+    "batch_size": 2,
+    "tokenizer": {"vocab_size": 500},
+  }
+  built = config_files.build(DataConfig, given)
+  assert built == DataConfig(
+    sources=(SourceConfig(kind="jsonl", path="x", weight=0.5),),
+    sequence_length=16,
+    batch_size=2,
+    tokenizer=tokenizers.TokenizerConfig(vocab_size=500),
+  )
+  assert config_files.build(DataConfig, config_files.dump(built)) == built
 
 
 @pytest.mark.parametrize(
