@@ -10,6 +10,7 @@ inputs and outputs: a chunk's rows, and backward the float32 gradient of
 # B batch, T queries, S keys, H heads, C latent width, R rope width, X their
 # sum, Z all keys of the batch, N selected, K chunks, Q queries of a chunk
 
+from jax import lax
 import jax.numpy as jnp
 
 _HIDDEN = -1e30
