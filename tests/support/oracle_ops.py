@@ -278,7 +278,10 @@ def selections_agree(scores_BTS, mask_BTS, other_BTS, allowed_BTS, top_k):
   peak_BT1 = np.max(
     np.where(allowed_BTS, np.abs(scores_BTS), 0.0), axis=-1, keepdims=True
   )
-  near_BTS = np.abs(ranked_BTS - kth_BT1) <= 1e-5 * peak_BT1
+  # A row with fewer than k allowed keys has no k-th score to be near to.
+  kth_BT1 = np.where(np.isfinite(kth_BT1), kth_BT1, np.inf)
+  gap_BTS = np.abs(np.where(allowed_BTS, scores_BTS, 0.0) - kth_BT1)
+  near_BTS = gap_BTS <= 1e-5 * peak_BT1
   unexplained_BTS = (mask_BTS != other_BTS) & ~(near_BTS & allowed_BTS)
   same_count_BT = mask_BTS.sum(-1) == other_BTS.sum(-1)
   return same_count_BT & ~unexplained_BTS.any(-1)

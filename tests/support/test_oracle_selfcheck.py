@@ -225,6 +225,18 @@ def test_agreement_of_selections():
   assert not agree(0, 3)
   assert not agree(1, 2)
   assert not agree(0)
+  causal_BTS = oracle_ops.allowed_pairs(1, 4)
+  scores_BTS = np.broadcast_to(scores_BTS, (1, 4, 4))
+  chosen_BTS = oracle_ops.select_top_k(scores_BTS, causal_BTS, 3)
+  same_BT = oracle_ops.selections_agree(
+    scores_BTS, chosen_BTS, chosen_BTS, causal_BTS, 3
+  )
+  assert same_BT.all()
+  fewer_BTS = chosen_BTS & ~np.eye(4, dtype=bool)
+  differ_BT = oracle_ops.selections_agree(
+    scores_BTS, fewer_BTS, chosen_BTS, causal_BTS, 3
+  )
+  np.testing.assert_array_equal(differ_BT, [[False, False, False, True]])
 
 
 def test_absorbed_attention_equals_expanded(rng):
