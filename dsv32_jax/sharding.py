@@ -10,6 +10,7 @@ together: `context` and `tensor` split its queries.
 import dataclasses
 import math
 
+from flax import nnx
 import jax
 from jax.sharding import AxisType
 from jax.sharding import Mesh
@@ -100,7 +101,6 @@ def parameter_shardings(state, mesh: Mesh):
       metadata; a variable without it is replicated.
     mesh: the mesh to lay it on.
   """
-  from flax import nnx
 
   def sharding_of(variable):
     axes = variable.get_metadata().get("axes", ())
@@ -110,6 +110,42 @@ def parameter_shardings(state, mesh: Mesh):
   return jax.tree.map(
     sharding_of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
   )
+
+
+def placed(state, mesh: Mesh | None):
+  """Gives an abstract nnx state its shardings, for a restore or a jit.
+
+  Args:
+    state: nnx.State of shapes, or of arrays.
+    mesh: where it will lie; None is the first device.
+
+  Returns:
+    The state with a jax.ShapeDtypeStruct in each variable.
+  """
+  flat = nnx.to_flat_state(state)
+  if mesh is None:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    layouts = {path: device for path, _ in flat}
+  else:
+    layouts = dict(nnx.to_flat_state(parameter_shardings(state, mesh)))
+  return nnx.from_flat_state(
+    (
+      path,
+      variable.replace(
+        jax.ShapeDtypeStruct(
+          variable.get_value().shape,
+          variable.get_value().dtype,
+          sharding=layouts[path],
+        )
+      ),
+    )
+    for path, variable in flat
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of a value that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, shape) -> NamedSharding:

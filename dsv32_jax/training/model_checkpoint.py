@@ -29,25 +29,6 @@ def abstract_model(
   )
 
 
-def placed(state, mesh):
-  """Gives the abstract arrays of an nnx state their shardings.
-
-  Args:
-    state: abstract nnx.State.
-    mesh: where it will lie; None is the first device.
-  """
-  if mesh is None:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state
-    )
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    state,
-    sharding.parameter_shardings(state, mesh),
-  )
-
-
 def model_notes(model: transformer.Transformer) -> dict[str, Any]:
   """What a checkpoint says of its model."""
   dtype = model.head.kernel[...].dtype
@@ -93,7 +74,7 @@ def load_model(
     saved_dtype = jnp.dtype(notes["dtype"])
     abstract = abstract_model(config, dtype=saved_dtype)
     _, state = nnx.split(abstract)
-    target = {"model": placed(state, mesh)}
+    target = {"model": sharding.placed(state, mesh)}
     state = checkpointer.restore(target, step).trees["model"]
   dtype = saved_dtype if dtype is None else jnp.dtype(dtype)
   wanted = abstract_model(config, dtype=dtype, compute_dtype=compute_dtype)

@@ -111,3 +111,25 @@ def partition(model, trains: str):
   return nnx.split(
     model, trained_filter(trains), nnx.Param, moe.RouterBias, ...
   )
+
+
+# The recipe. Where the paper is silent the number is named as ours.
+PRETRAIN = StageConfig(
+  select="dense",
+  trains="model",
+  mtp_weight=0.3,  # V3 report section 4.2, the first 10T tokens
+  balance_weight=1e-4,
+  router_bias_speed=1e-3,
+)
+DENSE_WARMUP = StageConfig(
+  select="dense", trains="indexer", lm_weight=0.0, indexer_weight=1.0
+)
+SPARSE = StageConfig(
+  select="top_k",
+  trains="all",
+  indexer_weight=1.0,  # ours; the paper prints the sum without a weight
+  mtp_weight=0.1,  # ours: V3's value at the end of pretraining
+  balance_weight=1e-4,  # ours: as in pretraining
+  router_bias_speed=0.0,  # ours: V3 holds the bias at the end of pretraining
+)
+SFT = dataclasses.replace(SPARSE, mtp_weight=0.0)  # ours: MTP rests in SFT

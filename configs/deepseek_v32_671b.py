@@ -1,0 +1,71 @@
+"""DeepSeek-V3.2 671B, continued pretraining as in paper section 2.1.1.
+
+python -m experiments.train \
+  --config=configs/deepseek_v32_671b.py:dense_warmup --workdir=DIR \
+  --config.init_from=CHECKPOINT --config.data.tokenizer.path=tokenizer.json
+
+Variants: dense_warmup (2.1B tokens: 1000 steps of 16 x 128K, lr 1e-3, the
+indexer alone), sparse (943.7B tokens: 15000 steps of 480 x 128K, lr 7.3e-6,
+top-k 2048, everything), sft. The data are yours: set `config.data.sources`.
+"""
+
+from dsv32_jax import sharding
+from dsv32_jax.data import pipeline
+from dsv32_jax.data import sources
+from dsv32_jax.model import presets
+from dsv32_jax.training import checkpoint
+from dsv32_jax.training import optimizer
+from dsv32_jax.training import run
+from dsv32_jax.training import schedule
+from dsv32_jax.training import stages
+from experiments import common
+
+_LENGTH = 131072
+
+
+def _train(stage, *, peak, steps, sequences, microbatches, packing="concat"):
+  """A stage over 1024 devices; what is not the paper's is named as ours."""
+  return run.TrainConfig(
+    model=presets.deepseek_v32_671b(),
+    stage=stage,
+    optimizer=optimizer.OptimizerConfig(
+      # Constant: the paper prints a rate a stage and no schedule.
+      schedule=schedule.ScheduleConfig(peak=peak),
+      moment_dtype="bfloat16",
+    ),
+    data=pipeline.DataConfig(
+      sources=(sources.SourceConfig(kind="jsonl", path="data/*.jsonl"),),
+      sequence_length=_LENGTH,
+      batch_size=sequences,
+      packing=packing,
+    ),
+    steps=steps,
+    # Ours: the paper trains on GPUs and prints no layout.
+    mesh=sharding.MeshConfig(fsdp=4, expert=16, context=16),
+    microbatches=microbatches,
+    remat="save_attention",
+    parameter_dtype="float32",
+    compute_dtype="bfloat16",
+    checkpoint=checkpoint.CheckpointConfig(every_steps=100),
+  )
+
+
+def get_config(variant: str = "sparse"):
+  variants = {
+    "dense_warmup": lambda: _train(
+      stages.DENSE_WARMUP, peak=1e-3, steps=1000, sequences=16, microbatches=1
+    ),
+    "sparse": lambda: _train(
+      stages.SPARSE, peak=7.3e-6, steps=15000, sequences=480, microbatches=8
+    ),
+    # Ours: the paper says nothing of the fine-tuning's size.
+    "sft": lambda: _train(
+      stages.SFT,
+      peak=5e-6,
+      steps=1000,
+      sequences=64,
+      microbatches=1,
+      packing="first_fit",
+    ),
+  }
+  return common.config_variant(variants, variant)
