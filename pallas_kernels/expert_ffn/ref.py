@@ -20,4 +20,4 @@ def expert_ffn(x_TD, experts_TA, weights_TA, gate_EDF, up_EDF, down_EFD):
 
 
 def _project(axes, array, weight):
-  return jnp.einsum(axes, array, weight, preferred_element_type=jnp.float32)
+  return jnp.einsum(axes, array.astype(jnp.float32), weight.astype(jnp.float32))
