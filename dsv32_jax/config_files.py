@@ -76,6 +76,32 @@ def dump(config: Any) -> dict[str, Any]:
   return _dump(config, type(config).__name__)
 
 
+def editable(config: Any) -> config_dict.ConfigDict:
+  """Turns a dataclass into the ConfigDict that `build` takes it back from.
+
+  A None where another type is allowed becomes a placeholder of that type, so
+  that `--config.field=value` is parsed as the type.
+  """
+  annotations = typing.get_type_hints(type(config))
+  editable_config = config_dict.ConfigDict(dump(config))
+  for field in dataclasses.fields(config):
+    if not field.init:
+      continue
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      editable_config[field.name] = editable(value)
+    elif value is None:
+      for member in typing.get_args(annotations[field.name]):
+        if member in _SCALARS:
+          editable_config[field.name] = config_dict.placeholder(member)
+    elif isinstance(value, tuple):
+      editable_config[field.name] = tuple(
+        editable(item) if dataclasses.is_dataclass(item) else item
+        for item in value
+      )
+  return editable_config
+
+
 def _items(config: Any, name: str) -> dict[str, Any]:
   """Returns a mapping's items; a placeholder that was never set is an error."""
   items = {}

@@ -1,0 +1,166 @@
+"""What programs share: flags, one-line errors, quiet logs, safe writes."""
+
+from collections.abc import Callable, Mapping, Sequence
+import logging
+import os
+import pathlib
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+from absl import app
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_dict
+from ml_collections import config_flags
+import numpy as np
+
+from dsv32_jax import config_files
+
+_DEBUG = flags.DEFINE_bool(
+  "debug", False, "Show tracebacks of mistakes and the libraries' own logs."
+)
+_OURS = ("dsv32_jax", "pallas_kernels", "experiments", "configs")
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def define_common_flags() -> None:
+  """Defines --config=FILE.py[:variant] and --workdir=DIR, both required.
+
+  Doing it twice, as a notebook may, changes nothing.
+  """
+  if "config" in flags.FLAGS:
+    return
+  config_flags.DEFINE_config_file(
+    "config", None, "File with get_config(), and after a colon its variant."
+  )
+  flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
+  flags.mark_flags_as_required(["config", "workdir"])
+
+
+def require_workdir() -> pathlib.Path:
+  """Returns --workdir, which exists from then on.
+
+  Raises:
+    ValueError: if it is a file.
+  """
+  workdir = pathlib.Path(flags.FLAGS.workdir).expanduser().absolute()
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f"--workdir={workdir} is not a folder")
+  workdir.mkdir(parents=True, exist_ok=True)
+  return workdir
+
+
+def config_variant(
+  variants: Mapping[str, Callable[[], Any]], variant: str
+) -> config_dict.ConfigDict:
+  """Makes the dataclass of a variant and turns it into an editable config.
+
+  Args:
+    variants: by name, functions that return a frozen dataclass.
+    variant: the name that followed the colon in --config.
+
+  Raises:
+    ValueError: if there is no such variant.
+  """
+  if variant not in variants:
+    raise ValueError(
+      f"config has no variant {variant!r}, only {', '.join(variants)}"
+    )
+  return config_files.editable(variants[variant]())
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> None:
+  """Runs a program's main; a mistake of the user ends in one line and code 1.
+
+  Such is whatever is wrong with the flags, an OSError, or a ValueError that
+  this project raises. A ValueError from inside a library keeps its traceback.
+  """
+
+  def guarded(argv):
+    _quieten()
+    try:
+      return main(argv)
+    except (ValueError, OSError) as error:
+      if _DEBUG.value:
+        raise
+      if isinstance(error, ValueError) and not _is_ours(error):
+        traceback.print_exc()
+      _fail(error)
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def parse_flags(arguments: Sequence[str] = ()) -> None:
+  """Parses flags where no program runs: in a notebook or a test.
+
+  Raises:
+    absl.flags.Error: naming the flag.
+  """
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS(["notebook", *arguments])
+  _quieten()
+
+
+def write_npz(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes arrays to a .npz file that appears when it is whole.
+
+  Raises:
+    FileNotFoundError: if its folder does not exist.
+  """
+  path = os.path.abspath(path)
+  folder, name = os.path.split(path)
+  with tempfile.NamedTemporaryFile(
+    dir=folder, prefix=f".{name}.", delete=False
+  ) as file:
+    try:
+      np.savez(file, **arrays)
+      os.chmod(file.name, 0o644)
+      os.replace(file.name, path)
+    except BaseException:
+      os.unlink(file.name)
+      raise
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses flags; app.run's own way of failing takes many lines."""
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise flags.Error(f"unexpected argument {rest[1]!r}")
+    return rest
+  # What a config file can raise while --config is parsed.
+  except (
+    flags.Error,
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+  ) as error:
+    if "--debug" in argv:
+      raise
+    _fail(error)
+
+
+def _fail(error: BaseException) -> None:
+  sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+  sys.exit(1)
+
+
+def _is_ours(error: BaseException) -> bool:
+  """Tells if the innermost frame of the traceback is this project's."""
+  frames = traceback.extract_tb(error.__traceback__)
+  path = pathlib.Path(frames[-1].filename)
+  return any(path.is_relative_to(_ROOT / folder) for folder in _OURS)
+
+
+def _quieten() -> None:
+  """Leaves errors of libraries and warnings of this project."""
+  if _DEBUG.value or flags.FLAGS["verbosity"].present:
+    return
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  logging.getLogger("dsv32_jax").setLevel(logging.WARNING)
