@@ -43,8 +43,8 @@ class DataConfig:
     seed: of the shuffle; None keeps the order of the files.
     num_epochs: passes over the data; None never ends. A finite number takes
       one source, and its last batch is filled up with padding.
-    num_workers: threads that read and encode ahead. The data do not depend on
-      it.
+    num_workers: threads that read ahead, for slow storage; encoding itself
+      gains nothing from them. The data do not depend on the number.
     max_bad_records: malformed records tolerated, over all sources.
     packing_bins: rows that first-fit fills at a time.
     cache_bytes: memory a source may use for documents already encoded.

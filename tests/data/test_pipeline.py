@@ -1,24 +1,21 @@
-"""The pipeline: packing, mixing, sharding, masks, and exact resume."""
+"""The pipeline: packing, mixing, sharding, masks."""
 
 import collections
 import dataclasses
 import itertools
-import json
 
 from hypothesis import HealthCheck
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
-import jax
-import numpy as np
 import pytest
 
 from dsv32_jax import config_files
-from dsv32_jax.data import files
 from dsv32_jax.data import pipeline
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.data.pipeline import DataConfig
 from dsv32_jax.data.sources import SourceConfig
+from tests.support import data_pipelines as tiny
 
 FRESH = settings(
   deadline=None,
@@ -26,68 +23,6 @@ FRESH = settings(
   suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 WORDS = st.text("abc de", min_size=1, max_size=40)
-
-
-def jsonl(folder, name, rows):
-  path = folder / f"{name}.jsonl"
-  path.write_text("\n".join(json.dumps(row) for row in rows))
-  return SourceConfig(kind="jsonl", path=str(path))
-
-
-def texts(folder, name, values):
-  return jsonl(folder, name, [{"text": value} for value in values])
-
-
-def numbered(folder, name="n", count=23):
-  """A source of documents of differing lengths that tell themselves apart."""
-  return texts(
-    folder, name, [f"{name}{i} " + "fox " * (i % 7) for i in range(count)]
-  )
-
-
-def config(source, **changes):
-  changes = {"sequence_length": 16, "batch_size": 2, **changes}
-  sources = source if isinstance(source, tuple) else (source,)
-  return DataConfig(sources=sources, **changes)
-
-
-def read(settings, tokenizer, count=None, **shard):
-  with pipeline.make_batches(settings, tokenizer, **shard) as iterator:
-    return list(itertools.islice(iterator, count))
-
-
-def assert_equal(left, right):
-  assert len(left) == len(right)
-  for x, y in zip(left, right):
-    jax.tree.map(np.testing.assert_array_equal, x, y)
-
-
-def segments(batch_list):
-  """Yields the token ids of every segment, in order."""
-  for batch in batch_list:
-    for tokens_T, segments_T in zip(batch.tokens_BT, batch.segments_BT):
-      for number in range(1, segments_T.max(initial=0) + 1):
-        yield tokens_T[segments_T == number].tolist()
-
-
-def check_invariants(batch):
-  segments_BT, positions_BT = batch.segments_BT, batch.positions_BT
-  for row in range(len(segments_BT)):
-    runs = [
-      (number, len(list(group)))
-      for number, group in itertools.groupby(segments_BT[row])
-    ]
-    numbers = [number for number, _ in runs if number]
-    assert numbers == list(range(1, len(numbers) + 1))
-    assert all(number for number, _ in runs[:-1]), "padding at the end only"
-    want = [np.arange(n) if number else np.zeros(n) for number, n in runs]
-    np.testing.assert_array_equal(positions_BT[row], np.concatenate(want))
-  same = (segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0)
-  np.testing.assert_array_equal(
-    batch.targets_BT[:, :-1], np.where(same, batch.tokens_BT[:, 1:], 0)
-  )
-  assert not batch.loss_mask_BT[:, :-1][~same].any()
-  assert not batch.loss_mask_BT[:, -1].any()
 
 
 @FRESH
@@ -99,9 +34,9 @@ def check_invariants(batch):
 def test_concat_is_the_stream_cut_into_rows(
   documents, length, size, tokenizer, tmp_path
 ):
-  source = texts(tmp_path, "a", documents)
-  got = read(
-    config(
+  source = tiny.texts(tmp_path, "a", documents)
+  got = tiny.read(
+    tiny.config(
       source,
       sequence_length=length,
       batch_size=size,
@@ -122,10 +57,10 @@ def test_concat_is_the_stream_cut_into_rows(
     assert tokens_T[segments_T > 0].tolist() == row
     assert (segments_T > 0).sum() == len(row)
   for batch in got:
-    check_invariants(batch)
+    tiny.check_invariants(batch)
     # Every target that exists is learnt.
     learnt = int(batch.loss_mask_BT.sum())
-    assert learnt == sum(len(x) - 1 for x in segments([batch]))
+    assert learnt == sum(len(x) - 1 for x in tiny.segments([batch]))
 
 
 @FRESH
@@ -137,9 +72,9 @@ def test_concat_is_the_stream_cut_into_rows(
 def test_first_fit_keeps_every_document_whole(
   documents, size, bins, tokenizer, tmp_path
 ):
-  source = texts(tmp_path, "a", documents)
-  got = read(
-    config(
+  source = tiny.texts(tmp_path, "a", documents)
+  got = tiny.read(
+    tiny.config(
       source,
       sequence_length=48,
       batch_size=size,
@@ -154,99 +89,38 @@ def test_first_fit_keeps_every_document_whole(
   )
   for key in want:
     want[key] *= 2
-  assert collections.Counter(map(tuple, segments(got))) == want
+  assert collections.Counter(map(tuple, tiny.segments(got))) == want
   for batch in got:
-    check_invariants(batch)
+    tiny.check_invariants(batch)
 
 
 def test_a_document_too_long_for_a_row_is_reported(tokenizer, tmp_path):
-  source = texts(tmp_path, "a", ["fox", "q" * 60, "brown"])
-  first_fit = config(source, packing="first_fit", num_epochs=1)
+  source = tiny.texts(tmp_path, "a", ["fox", "q" * 60, "brown"])
+  first_fit = tiny.config(source, packing="first_fit", num_epochs=1)
   with pytest.raises(ValueError, match=r"a\.jsonl:2: 62 tokens are above 16"):
-    read(first_fit, tokenizer)
+    tiny.read(first_fit, tokenizer)
   tolerant = dataclasses.replace(first_fit, max_bad_records=1)
   with pipeline.make_batches(tolerant, tokenizer) as iterator:
-    assert len(list(segments(iterator))) == 2
+    assert len(list(tiny.segments(iterator))) == 2
     assert len(iterator.bad_records) == 1
-  alone = config(
-    texts(tmp_path, "b", ["q" * 60]), packing="first_fit", max_bad_records=5
+  alone = tiny.config(
+    tiny.texts(tmp_path, "b", ["q" * 60]),
+    packing="first_fit",
+    max_bad_records=5,
   )
   with pytest.raises(ValueError, match="no usable record"):
-    read(alone, tokenizer, 1)
-
-
-PACKINGS = {
-  "concat": {},
-  "first_fit": {
-    "packing": "first_fit",
-    "packing_bins": 3,
-    "sequence_length": 40,
-  },
-}
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_at_every_point(packing, workers, tokenizer, tmp_path):
-  mixed = (
-    dataclasses.replace(numbered(tmp_path, "a", 11), weight=0.7),
-    dataclasses.replace(numbered(tmp_path, "b", 17), weight=0.3),
-  )
-  plan = config(mixed, num_workers=workers, **PACKINGS[packing])
-  whole = read(plan, tokenizer, 14)
-  with pipeline.make_batches(plan, tokenizer) as iterator:
-    states = [iterator.get_state()]
-    for _ in range(10):
-      next(iterator)
-      states.append(iterator.get_state())
-  for point, state in enumerate(states):
-    with pipeline.make_batches(plan, tokenizer) as iterator:
-      if point % 2:
-        next(iterator)
-      iterator.set_state(state)
-      assert iterator.get_state() == state
-      assert_equal([next(iterator) for _ in range(4)], whole[point : point + 4])
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_resume_of_a_finite_pass(packing, tokenizer, tmp_path):
-  plan = config(numbered(tmp_path), num_epochs=1, **PACKINGS[packing])
-  whole = read(plan, tokenizer)
-  for point in range(len(whole) + 1):
-    with pipeline.make_batches(plan, tokenizer) as iterator:
-      for _ in range(point):
-        next(iterator)
-      state = iterator.get_state()
-    with pipeline.make_batches(plan, tokenizer) as iterator:
-      iterator.set_state(state)
-      assert_equal(list(iterator), whole[point:])
-
-
-def test_threads_change_nothing(tokenizer, tmp_path):
-  plan = config(numbered(tmp_path))
-  want = read(plan, tokenizer, 20)
-  for workers in (1, 3):
-    threaded = dataclasses.replace(plan, num_workers=workers)
-    assert_equal(read(threaded, tokenizer, 20), want)
-  with pipeline.make_batches(plan, tokenizer) as iterator:
-    next(iterator)
-    state = iterator.get_state()
-  with pipeline.make_batches(threaded, tokenizer) as iterator:
-    iterator.set_state(state)
-    assert_equal(list(itertools.islice(iterator, 5)), want[1:6])
-
-
-def test_a_small_cache_changes_nothing(tokenizer, tmp_path):
-  plan = config(numbered(tmp_path))
-  small = dataclasses.replace(plan, cache_bytes=100)
-  assert_equal(read(small, tokenizer, 30), read(plan, tokenizer, 30))
+    tiny.read(alone, tokenizer, 1)
 
 
 def test_seed_and_epochs(tokenizer, tmp_path):
-  source = numbered(tmp_path)
-  one = config(source, num_epochs=1, batch_size=1, **PACKINGS["first_fit"])
+  source = tiny.numbered(tmp_path)
+  one = tiny.config(
+    source, num_epochs=1, batch_size=1, **tiny.PACKINGS["first_fit"]
+  )
   by_seed = [
-    list(segments(read(dataclasses.replace(one, seed=seed), tokenizer)))
+    list(
+      tiny.segments(tiny.read(dataclasses.replace(one, seed=seed), tokenizer))
+    )
     for seed in (None, 0, 1, 0)
   ]
   assert by_seed[1] == by_seed[3] != by_seed[2]
@@ -254,8 +128,8 @@ def test_seed_and_epochs(tokenizer, tmp_path):
   assert all(sorted(x) == sorted(by_seed[0]) for x in by_seed)
   # The second epoch has another order than the first.
   rows = {"sequence_length": 5000, "batch_size": 1}
-  twice = read(config(source, num_epochs=2, **rows), tokenizer)
-  order = list(segments(twice))
+  twice = tiny.read(tiny.config(source, num_epochs=2, **rows), tokenizer)
+  order = list(tiny.segments(twice))
   assert order[:23] != order[23:]
   assert sorted(order[:23]) == sorted(order[23:])
 
@@ -264,30 +138,37 @@ def test_seed_and_epochs(tokenizer, tmp_path):
 def test_processes_see_disjoint_data_that_is_everything(
   count, tokenizer, tmp_path
 ):
-  plan = config(
-    numbered(tmp_path), num_epochs=1, batch_size=6, **PACKINGS["first_fit"]
+  plan = tiny.config(
+    tiny.numbered(tmp_path),
+    num_epochs=1,
+    batch_size=6,
+    **tiny.PACKINGS["first_fit"],
   )
-  whole = sorted(segments(read(plan, tokenizer)))
+  whole = sorted(tiny.segments(tiny.read(plan, tokenizer)))
   shares = [
-    list(segments(read(plan, tokenizer, process_index=i, process_count=count)))
+    list(
+      tiny.segments(
+        tiny.read(plan, tokenizer, process_index=i, process_count=count)
+      )
+    )
     for i in range(count)
   ]
   assert sorted(itertools.chain(*shares)) == whole
   assert len(whole) == 23
   assert {len(share) for share in shares} <= {23 // count, 23 // count + 1}
-  one = read(plan, tokenizer, process_index=1, process_count=count)
+  one = tiny.read(plan, tokenizer, process_index=1, process_count=count)
   assert one[0].tokens_BT.shape == (6 // count, 40)
 
 
 def test_mixture_is_exact_in_rows(tokenizer, tmp_path):
   weights = {"a": 0.7, "b": 0.1, "c": 0.2}
   mixed = tuple(
-    dataclasses.replace(texts(tmp_path, name, [name * 40]), weight=weight)
+    dataclasses.replace(tiny.texts(tmp_path, name, [name * 40]), weight=weight)
     for name, weight in weights.items()
   )
-  plan = config(mixed, sequence_length=8, batch_size=10)
+  plan = tiny.config(mixed, sequence_length=8, batch_size=10)
   names = {tokenizer.encode(x * 40)[1]: x for x in weights}
-  for batch in read(plan, tokenizer, 6):
+  for batch in tiny.read(plan, tokenizer, 6):
     counts = collections.Counter()
     for tokens_T in batch.tokens_BT:
       found = {names[x] for x in tokens_T.tolist() if x in names}
@@ -302,9 +183,11 @@ def test_only_the_response_is_learnt(tokenizer, tmp_path):
     {"q": "the fox", "a": "a quick brown one"},
   ]
   source = dataclasses.replace(
-    jsonl(tmp_path, "sft", rows), prompt_field="q", response_field="a"
+    tiny.jsonl(tmp_path, "sft", rows),
+    prompt_field="q",
+    response_field="a",
   )
-  plan = config(
+  plan = tiny.config(
     source,
     packing="first_fit",
     sequence_length=120,
@@ -312,7 +195,7 @@ def test_only_the_response_is_learnt(tokenizer, tmp_path):
     seed=None,
     num_epochs=1,
   )
-  (batch,) = read(plan, tokenizer)
+  (batch,) = tiny.read(plan, tokenizer)
   special = tokenizer.special_id
   want_tokens, want_mask = [], []
   for row in rows:
@@ -335,87 +218,16 @@ def test_only_the_response_is_learnt(tokenizer, tmp_path):
 
 def test_special_strings_in_documents_are_text(tokenizer, tmp_path):
   text = "a" + "".join(tokenizers.SPECIAL_TOKENS.values())
-  plan = config(
-    texts(tmp_path, "a", [text]),
+  plan = tiny.config(
+    tiny.texts(tmp_path, "a", [text]),
     sequence_length=400,
     batch_size=1,
     num_epochs=1,
   )
-  (document,) = segments(read(plan, tokenizer))
+  (document,) = tiny.segments(tiny.read(plan, tokenizer))
   num_special = len(tokenizers.SPECIAL_TOKENS)
   assert [x for x in document if x < num_special] == [0, 1]
   assert tokenizer.decode(document[1:-1]) == text
-
-
-def test_bad_records_are_in_the_state(tokenizer, tmp_path):
-  path = tmp_path / "a.array_record"
-  rows = [{"text": f"fox {i}"} for i in range(6)]
-  rows[2] = {"txt": "?"}
-  files.write_array_record(path, rows)
-  source = SourceConfig(kind="array_record", path=str(path))
-  plan = config(source, max_bad_records=1, num_epochs=1)
-  with pipeline.make_batches(plan, tokenizer) as iterator:
-    assert len(iterator.bad_records) == 0
-    assert len(list(segments(iterator))) >= 5
-    state = iterator.get_state()
-    found = iterator.bad_records.entries()
-  assert found == [(str(path), 3, "no field 'text'")]
-  with pipeline.make_batches(plan, tokenizer) as iterator:
-    iterator.set_state(state)
-    assert iterator.bad_records.entries() == found
-  with pytest.raises(ValueError, match=r"a\.array_record:3: no field 'text'"):
-    read(dataclasses.replace(plan, max_bad_records=0), tokenizer)
-  # Reading ahead in threads finds the same.
-  threaded = dataclasses.replace(plan, num_workers=2)
-  with pipeline.make_batches(threaded, tokenizer) as iterator:
-    list(iterator)
-    assert iterator.bad_records.entries() == found
-
-
-@pytest.mark.parametrize(
-  ("change", "name"),
-  [
-    ({"seed": 5}, r"settings\.seed=0, this run has 5"),
-    ({"batch_size": 4}, r"settings\.batch_size"),
-    ({"sequence_length": 8}, r"settings\.sequence_length"),
-    ({"packing": "first_fit", "sequence_length": 16}, r"settings\.packing"),
-  ],
-)
-def test_a_changed_setting_is_refused(change, name, tokenizer, tmp_path):
-  plan = config(numbered(tmp_path))
-  with pipeline.make_batches(plan, tokenizer) as iterator:
-    state = iterator.get_state()
-  changed = dataclasses.replace(plan, **change)
-  with (
-    pipeline.make_batches(changed, tokenizer) as iterator,
-    pytest.raises(ValueError, match=f"saved with {name}"),
-  ):
-    iterator.set_state(state)
-
-
-def test_changed_processes_data_and_tokenizer_are_refused(tokenizer, tmp_path):
-  plan = config(numbered(tmp_path))
-  other = tokenizers.train(["something else"] * 3, 280)
-  with pipeline.make_batches(plan, tokenizer) as iterator:
-    state = iterator.get_state()
-  shard = {"process_index": 0, "process_count": 2}
-  with (
-    pipeline.make_batches(plan, tokenizer, **shard) as iterator,
-    pytest.raises(ValueError, match="process_count=1, this run has 2"),
-  ):
-    iterator.set_state(state)
-  with (
-    pipeline.make_batches(plan, other) as iterator,
-    pytest.raises(ValueError, match="saved with tokenizer="),
-  ):
-    iterator.set_state(state)
-  numbered(tmp_path, count=24)
-  with pipeline.make_batches(plan, tokenizer) as iterator:
-    with pytest.raises(ValueError, match="saved with sources="):
-      iterator.set_state(state)
-    for garbled in (b"", b"[]", b"{}", b'{"manifest": 1}'):
-      with pytest.raises(ValueError, match="garbled"):
-        iterator.set_state(garbled)
 
 
 def test_a_config_file_gives_the_config():
@@ -447,22 +259,25 @@ def test_a_config_file_gives_the_config():
   ],
 )
 def test_bad_config(change, message, tmp_path):
-  plan = config(numbered(tmp_path))
+  plan = tiny.config(tiny.numbered(tmp_path))
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(plan, **change)
 
 
 def test_bad_shares(tokenizer, tmp_path):
-  plan = config(numbered(tmp_path, count=2), batch_size=6)
+  plan = tiny.config(tiny.numbered(tmp_path, count=2), batch_size=6)
   with pytest.raises(ValueError, match="2 records for process_count=3"):
-    read(plan, tokenizer, process_index=0, process_count=3)
+    tiny.read(plan, tokenizer, process_index=0, process_count=3)
   with pytest.raises(ValueError, match=r"batch_size=6 is not a multiple"):
-    read(plan, tokenizer, process_index=0, process_count=4)
+    tiny.read(plan, tokenizer, process_index=0, process_count=4)
   with pytest.raises(ValueError, match="process_index=2"):
-    read(plan, tokenizer, process_index=2, process_count=2)
-  two = (numbered(tmp_path, "a"), numbered(tmp_path, "b"))
+    tiny.read(plan, tokenizer, process_index=2, process_count=2)
+  two = (
+    tiny.numbered(tmp_path, "a"),
+    tiny.numbered(tmp_path, "b"),
+  )
   with pytest.raises(ValueError, match="a finite pass takes one"):
-    config(two, num_epochs=1)
+    tiny.config(two, num_epochs=1)
 
 
 def test_the_standard_library_trains_a_tokenizer_and_fills_batches():
@@ -475,15 +290,16 @@ def test_the_standard_library_trains_a_tokenizer_and_fills_batches():
   tokenizer = pipeline.make_tokenizer(plan)
   assert tokenizer.vocab_size == 512
   assert tokenizer.fingerprint == pipeline.make_tokenizer(plan).fingerprint
-  for batch in read(plan, tokenizer, 5):
-    check_invariants(batch)
+  for batch in tiny.read(plan, tokenizer, 5):
+    tiny.check_invariants(batch)
     assert (batch.segments_BT > 0).all()
 
 
 def test_a_tokenizer_file_is_used(tokenizer, tmp_path):
   path = str(tmp_path / "tokenizer.json")
   tokenizer.save(path)
-  plan = config(
-    numbered(tmp_path), tokenizer=tokenizers.TokenizerConfig(path=path)
+  plan = tiny.config(
+    tiny.numbered(tmp_path),
+    tokenizer=tokenizers.TokenizerConfig(path=path),
   )
   assert pipeline.make_tokenizer(plan).fingerprint == tokenizer.fingerprint
