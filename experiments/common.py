@@ -98,8 +98,14 @@ def parse_flags(arguments: Sequence[str] = ()) -> None:
   Raises:
     absl.flags.Error: naming the flag.
   """
+  argv = ["notebook", *arguments]
   flags.FLAGS.unparse_flags()
-  flags.FLAGS(["notebook", *arguments])
+  # ml_collections looks for --config.field=value there, whatever is parsed.
+  before, sys.argv = sys.argv, argv
+  try:
+    flags.FLAGS(argv)
+  finally:
+    sys.argv = before
   _quieten()
 
 
@@ -129,6 +135,9 @@ def _parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise flags.Error(f"unexpected argument {rest[1]!r}")
+    if "config" in flags.FLAGS:
+      # A config file that is missing raises only when something is read.
+      flags.FLAGS.config.keys()
     return rest
   # What a config file can raise while --config is parsed.
   except (
