@@ -100,6 +100,9 @@ def parse_flags(arguments: Sequence[str] = ()) -> None:
   """
   argv = ["notebook", *arguments]
   flags.FLAGS.unparse_flags()
+  # Flags that an earlier parse made of its overrides.
+  for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+    delattr(flags.FLAGS, name)
   # ml_collections looks for --config.field=value there, whatever is parsed.
   before, sys.argv = sys.argv, argv
   try:
