@@ -169,8 +169,8 @@ def _rope(fields: _Fields) -> config_lib.RopeConfig:
   else:
     theta = fields.number("rope_theta", default=10000.0, low=1.0)
   kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-  for key in ("rope_type", "type"):
-    if rope.values.get(key, kind) != kind or kind not in ("yarn", "default"):
+  for key in rope.values.keys() & {"type", "rope_type"}:
+    if rope.values[key] != kind or kind not in ("yarn", "default"):
       raise rope.fail(key, "is not supported, only 'yarn' or 'default'")
   if kind == "default":
     return config_lib.RopeConfig(theta=theta, factor=1.0)

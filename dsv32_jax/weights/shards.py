@@ -49,9 +49,19 @@ def _local(index: Slices, place: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 class Filler:
-  """An array being filled, slot by slot, on the devices of this process."""
+  """An array being filled, slot by slot, on the devices of this process.
 
-  def __init__(self, shape, dtype, sharding: jax.sharding.Sharding):
+  A shard of at most `host_bytes` is put together on the host and sent whole,
+  which saves compiling an insertion for its shape.
+  """
+
+  def __init__(
+    self,
+    shape,
+    dtype,
+    sharding: jax.sharding.Sharding,
+    host_bytes: int = 1 << 20,
+  ):
     self.shape, self.dtype = tuple(shape), np.dtype(dtype)
     self._sharding = sharding
     self._index = {
@@ -60,6 +70,9 @@ class Filler:
         self.shape
       ).items()
     }
+    shard_size = math.prod(sharding.shard_shape(self.shape))
+    self._on_host = shard_size * self.dtype.itemsize <= host_bytes
+    self._host: dict[jax.Device, np.ndarray] = {}
     self._buffers: dict[jax.Device, jax.Array] = {}
 
   def wanted(self, place: tuple[int, ...]) -> list[Slices]:
@@ -79,6 +92,11 @@ class Filler:
       if local is None or index[len(place) :] != piece:
         continue
       shard_shape = tuple(part.stop - part.start for part in index)
+      if self._on_host:
+        if device not in self._host:
+          self._host[device] = np.zeros(shard_shape, self.dtype)
+        self._host[device][local] = block
+        continue
       placed = jax.device_put(block, device)
       if math.prod(shard_shape[: len(place)]) == 1:
         self._buffers[device] = placed.reshape(shard_shape)
@@ -96,6 +114,8 @@ class Filler:
 
   def array(self) -> jax.Array:
     """Returns the array; every slot must have been filled."""
+    for device, shard in self._host.items():
+      self._buffers[device] = jax.device_put(shard, device)
     return jax.make_array_from_single_device_arrays(
       self.shape,
       self._sharding,
@@ -121,6 +141,14 @@ def read_slot(array: jax.Array, place: tuple[int, ...]) -> np.ndarray:
     key = tuple((part.start, part.stop) for part in piece)
     local = _local(index, place)
     if local is not None and key not in done:
-      slot[piece] = np.asarray(_extract(shard.data, local))
+      slot[piece] = _copy_out(shard.data, local)
       done.add(key)
   return slot
+
+
+def _copy_out(data: jax.Array, local: tuple[int, ...]) -> np.ndarray:
+  """Reads a slot of one device's shard without moving the whole shard."""
+  if next(iter(data.devices())).platform == "cpu":
+    # The host sees this array without a copy.
+    return np.asarray(data)[local]
+  return np.asarray(_extract(data, local))

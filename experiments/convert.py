@@ -1,0 +1,91 @@
+"""Converts a checkpoint between Hugging Face and Orbax.
+
+python -m experiments.convert --source=DIR --target=DIR --to=orbax|hf|hf_fp8
+
+The source is a Hugging Face folder (it has a config.json; `deepseek_v32`, or
+dense `deepseek_v3`, which gets fresh indexers) or an Orbax checkpoint of this
+project. The target must not exist or be empty, and appears when complete.
+"""
+
+import functools
+import os
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import tqdm
+
+from dsv32_jax import sharding
+from dsv32_jax import weights
+from experiments import common
+
+_SOURCE = flags.DEFINE_string("source", None, "Checkpoint folder to read.")
+_TARGET = flags.DEFINE_string("target", None, "Checkpoint folder to write.")
+_TO = flags.DEFINE_enum(
+  "to",
+  None,
+  ["orbax", "hf", "hf_fp8"],
+  "hf: one type of weights; hf_fp8: what the official checkpoint quantises "
+  "in 8 bits with weight_scale_inv, the rest in --dtype.",
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype",
+  None,
+  ["float32", "bfloat16"],
+  "Type of the weights written. Default: float32 to Orbax, bfloat16 to HF.",
+)
+_SEED = flags.DEFINE_integer(
+  "indexer_seed", 0, "Seed of the fresh indexers of a dense checkpoint."
+)
+_SHARD_BYTES = flags.DEFINE_integer(
+  "max_shard_bytes",
+  5 * 10**9,
+  "Most bytes of weights in a file.",
+  lower_bound=1,
+)
+
+
+def main(argv):
+  del argv
+  for flag in (_SOURCE, _TARGET, _TO):
+    if flag.value is None:
+      raise ValueError(f"--{flag.name} is missing")
+  source, target = _SOURCE.value, _TARGET.value
+  is_hf = os.path.exists(os.path.join(source, "config.json"))
+  if not is_hf and _TO.value == "orbax":
+    raise ValueError(f"--source={source} has no config.json to convert from")
+  weights.check_target(target)
+  default = "float32" if _TO.value == "orbax" else "bfloat16"
+  dtype = jnp.dtype(_DTYPE.value or default)
+  mesh = None
+  if len(jax.devices()) > 1:
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=-1))
+  show = functools.partial(tqdm.tqdm, unit="tensor")
+  # Float8 is quantised from float32: rounding twice would not round right.
+  held = dtype if _TO.value != "hf_fp8" else jnp.dtype(jnp.float32)
+  if is_hf:
+    model = weights.load_hf(
+      source,
+      dtype=held,
+      mesh=mesh,
+      indexer_seed=_SEED.value,
+      progress=functools.partial(show, desc="read"),
+    )
+  else:
+    model = weights.load_orbax(source, mesh=mesh)
+  if _TO.value == "orbax":
+    weights.save_orbax(model, target)
+  else:
+    weights.save_hf(
+      model,
+      target,
+      dtype=dtype,
+      fp8=_TO.value == "hf_fp8",
+      max_shard_bytes=_SHARD_BYTES.value,
+      progress=functools.partial(show, desc="write"),
+    )
+  print(f"{target}: {_TO.value}")
+
+
+if __name__ == "__main__":
+  common.run(main)
