@@ -1,2 +1,343 @@
-"""A stage under way: model, optimiser, data and folder of one config.
+"""A stage under way: model, optimiser, data and folder of one config."""
 
+import dataclasses
+import os
+from typing import Literal
+
+from flax import nnx
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+
+from dsv32_jax import sharding
+from dsv32_jax.data import batch as batch_lib
+from dsv32_jax.data import pipeline
+from dsv32_jax.data import tokenizer as tokenizer_lib
+from dsv32_jax.model import config as config_lib
+from dsv32_jax.model import transformer
+from dsv32_jax.training import checkpoint as checkpoint_lib
+from dsv32_jax.training import model_checkpoint
+from dsv32_jax.training import optimizer as optimizer_lib
+from dsv32_jax.training import stages
+from dsv32_jax.training import step as step_lib
+
+TOKENIZER_FILE = "tokenizer.json"
+
+# What a layer keeps for its backward pass, by name.
+REMAT = {
+  "none": None,
+  "layer": jax.checkpoint,
+  # The attention's result and the selection are the dearest to recompute.
+  "save_attention": lambda step: jax.checkpoint(
+    step,
+    policy=jax.checkpoint_policies.save_only_these_names(
+      "attention", "selection"
+    ),
+  ),
+}
+
+
+class Stopped(Exception):
+  """A run was asked to stop; its state is saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """One stage of training, whole.
+
+  Attributes:
+    model: shape of the model; a checkpoint's own must agree with it.
+    stage: what trains on which losses.
+    optimizer: AdamW and its schedule.
+    data: mixture, packing, tokenizer.
+    steps: optimiser steps of the stage.
+    mesh: devices along each axis.
+    microbatches: pieces of the batch that go through one after the other.
+    remat: what a layer keeps for its backward pass.
+    parameter_dtype: storage of the weights.
+    compute_dtype: activations and matmuls.
+    seed: of the fresh weights.
+    init_from: folder of checkpoints whose model the stage starts from, or None
+      for fresh weights.
+    log_every: steps between two rows of metrics.
+    checkpoint: when checkpoints are made and which stay.
+  """
+
+  model: config_lib.ModelConfig
+  stage: stages.StageConfig
+  optimizer: optimizer_lib.OptimizerConfig
+  data: pipeline.DataConfig
+  steps: int
+  mesh: sharding.MeshConfig = dataclasses.field(
+    default_factory=sharding.MeshConfig
+  )
+  microbatches: int = 1
+  remat: Literal["none", "layer", "save_attention"] = "none"
+  parameter_dtype: Literal["float32", "bfloat16"] = "float32"
+  compute_dtype: Literal["float32", "bfloat16"] = "float32"
+  seed: int = 0
+  init_from: str | None = None
+  log_every: int = 1
+  checkpoint: checkpoint_lib.CheckpointConfig = dataclasses.field(
+    default_factory=checkpoint_lib.CheckpointConfig
+  )
+
+  def __post_init__(self):
+    for name in ("steps", "microbatches", "log_every"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be positive")
+    if self.data.batch_size % self.microbatches:
+      raise ValueError(
+        f"microbatches={self.microbatches} does not divide"
+        f" data.batch_size={self.data.batch_size}"
+      )
+    if self.data.sequence_length > self.model.max_length:
+      raise ValueError(
+        f"data.sequence_length={self.data.sequence_length} exceeds"
+        f" model.max_length={self.model.max_length}"
+      )
+
+
+class Run:
+  """Everything a loop needs; `resume` first, `close` last.
+
+  Attributes:
+    config: of the stage.
+    mesh: of the devices.
+    tokenizer: of the data.
+    batches: this process's iterator of batches.
+    checkpointer: of the folder's checkpoints.
+    graph: structure of the model.
+    state: TrainState, None before `resume`.
+    step: function from (state, batch) to (state, metrics).
+  """
+
+  def __init__(self, config: TrainConfig, workdir):
+    """Opens data and checkpoint folder.
+
+    Raises:
+      ValueError: if the tokenizer has more ids than the model, or the mesh
+        does not fit the devices, or a data source is unusable.
+    """
+    self.config = config
+    self.mesh = sharding.make_mesh(config.mesh)
+    self.tokenizer = _tokenizer(config, workdir)
+    self.batches = pipeline.make_batches(
+      config.data,
+      self.tokenizer,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    self.checkpointer = checkpoint_lib.Checkpointer(
+      os.path.join(workdir, "checkpoints"), config.checkpoint
+    )
+    self._optimizer = optimizer_lib.make_optimizer(config.optimizer)
+    self.state = self.graph = self.step = None
+
+  def resume(self) -> int:
+    """Makes the state: the newest checkpoint's, or that of a beginning.
+
+    Returns:
+      The steps already taken.
+    """
+    config = self.config
+    with jax.set_mesh(self.mesh):
+      newest = self.checkpointer.latest_step()
+      model = self._abstract_model() if newest is not None else self._model()
+      self.graph, state = step_lib.init_state(
+        model, config.stage, _Abstract(self._optimizer, newest is not None)
+      )
+      self.state = state._replace(
+        optimizer=place_optimizer(state.optimizer, state.trained, self.mesh),
+        step=_placed_step(state.step, self.mesh),
+      )
+      start = 0 if newest is None else self._restore()
+      self.step = step_lib.make_step(
+        self.graph,
+        config.stage,
+        self._optimizer,
+        microbatches=config.microbatches,
+        remat=REMAT[config.remat],
+      )
+    return start
+
+  def model(self) -> transformer.Transformer:
+    """Puts the model of the present state together."""
+    return step_lib.merge_model(self.graph, self.state)
+
+  def place(self, batch: batch_lib.Batch) -> batch_lib.Batch:
+    """Lays this process's rows on the mesh as part of the global batch."""
+    rows = self.config.data.batch_size
+    shape = (rows, *batch.tokens_BT.shape[1:])
+    layout = sharding.batch_sharding(self.mesh, shape)
+    return jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(layout, x, shape), batch
+    )
+
+  def save(self, step: int) -> None:
+    """Starts saving the state as a checkpoint of `step`."""
+    self.checkpointer.save(
+      step,
+      {
+        "model": nnx.state(self.model()),
+        "optimizer": self.state.optimizer,
+        "counters": {"step": self.state.step},
+      },
+      model_checkpoint.model_notes(self.model()),
+      self.batches.get_state().decode(),
+    )
+
+  def close(self) -> None:
+    """Waits for a save under way; stops the readers."""
+    self.batches.close()
+    self.checkpointer.close()
+
+  def _restore(self) -> int:
+    model = nnx.state(self.model())
+    found = self.checkpointer.restore(
+      {
+        "model": model,
+        "optimizer": self.state.optimizer,
+        "counters": {"step": self.state.step},
+      }
+    )
+    merged = self.model()
+    nnx.update(merged, found.trees["model"])
+    _, trained, frozen, bias, rest = stages.partition(
+      merged, self.config.stage.trains
+    )
+    self.state = step_lib.TrainState(
+      trained,
+      frozen,
+      bias,
+      rest,
+      found.trees["optimizer"],
+      found.trees["counters"]["step"],
+    )
+    self.batches.set_state(found.process_notes.encode())
+    return found.step
+
+  def _abstract_model(self):
+    config = self.config
+    model = model_checkpoint.abstract_model(
+      config.model,
+      dtype=jnp.dtype(config.parameter_dtype),
+      compute_dtype=jnp.dtype(config.compute_dtype),
+    )
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, sharding.placed(state, self.mesh))
+
+  def _model(self):
+    """The model a stage begins with: a checkpoint's, or a fresh one."""
+    config = self.config
+    abstract = self._abstract_model()
+    graph, layout = nnx.split(abstract)
+    if config.init_from is not None:
+      model = model_checkpoint.load_model(
+        config.init_from,
+        dtype=jnp.dtype(config.parameter_dtype),
+        compute_dtype=jnp.dtype(config.compute_dtype),
+        mesh=self.mesh,
+      )
+      _check_same(config.model, model.config, config.init_from)
+      return model
+
+    def make():
+      return nnx.state(
+        transformer.Transformer(
+          config.model,
+          rngs=nnx.Rngs(config.seed),
+          dtype=jnp.dtype(config.parameter_dtype),
+        )
+      )
+
+    shardings = jax.tree.map(lambda x: x.sharding, layout)
+    return nnx.merge(graph, jax.jit(make, out_shardings=shardings)())
+
+
+class _Abstract:
+  """An optimiser whose fresh state is described only, where asked for."""
+
+  def __init__(self, optimizer, abstract: bool):
+    self._init = optimizer.init
+    self._abstract = abstract
+
+  def init(self, params):
+    """Returns zeros, or their shapes."""
+    if self._abstract:
+      return jax.eval_shape(self._init, params)
+    return jax.jit(self._init)(params)
+
+
+def place_optimizer(optimizer_state, trained, mesh):
+  """Lays moments out as their parameters, and counters everywhere.
+
+  Args:
+    optimizer_state: of arrays or of shapes.
+    trained: nnx.State with the parameters' axes.
+    mesh: the mesh.
+
+  Returns:
+    The state of arrays, or of shapes with shardings.
+  """
+  layout = sharding.placed(trained, mesh)
+
+  def like(moments):
+    return jax.tree.map(
+      lambda x, parameter: _place(x, parameter.sharding), moments, layout
+    )
+
+  everywhere = sharding.replicated(mesh)
+  adam = optimizer_state.adam
+  return optimizer_state._replace(
+    adam=adam._replace(
+      count=_place(adam.count, everywhere),
+      mu=like(adam.mu),
+      nu=like(adam.nu),
+    ),
+    skipped=_place(optimizer_state.skipped, everywhere),
+    consecutive_skips=_place(optimizer_state.consecutive_skips, everywhere),
+  )
+
+
+def _placed_step(step, mesh):
+  return jax.device_put(step, sharding.replicated(mesh))
+
+
+def _place(x, layout):
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+  return jax.device_put(x, layout)
+
+
+def _tokenizer(config: TrainConfig, workdir):
+  """The folder's tokenizer; one process makes it if there is none."""
+  path = os.path.join(workdir, TOKENIZER_FILE)
+  if jax.process_index() == 0 and not os.path.exists(path):
+    pipeline.make_tokenizer(config.data).save(path)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("tokenizer")
+  tokenizer = tokenizer_lib.load(path)
+  if tokenizer.vocab_size > config.model.vocab_size:
+    raise ValueError(
+      f"tokenizer.vocab_size={tokenizer.vocab_size} exceeds"
+      f" model.vocab_size={config.model.vocab_size}"
+    )
+  return tokenizer
+
+
+def _check_same(wanted, found, folder: str) -> None:
+  """Names the first field in which the checkpoint's model is another.
+
+  Raises:
+    ValueError: if there is one that is not merely index_top_k or max_length.
+  """
+  for field in dataclasses.fields(wanted):
+    name = field.name
+    if name in ("index_top_k", "max_length", "rope", "initializer_scale"):
+      continue
+    if getattr(wanted, name) != getattr(found, name):
+      raise ValueError(
+        f"config.model.{name}={getattr(wanted, name)} but the model in"
+        f" init_from={folder} has {getattr(found, name)}"
+      )
