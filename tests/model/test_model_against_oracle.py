@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv32_jax import weights
 from dsv32_jax.model import attention
 from dsv32_jax.model import cache
 from dsv32_jax.model import selection
@@ -272,3 +273,15 @@ def test_quantised_index_of_the_first_layer(model, tensors, ids_BT):
   tolerances.assert_close(
     got_BTS[allowed_BTS] / peak, want_BTS[allowed_BTS] / peak, "float8_e4m3fn"
   )
+
+
+def test_loaded_checkpoint(model, tensors, tmp_path):
+  oracle_checkpoint.save_checkpoint(tmp_path, CONFIG, tensors)
+  loaded = weights.load_hf(tmp_path)
+  assert loaded.config == model.config
+  want = dict(nnx.to_flat_state(nnx.state(model)))
+  got = dict(nnx.to_flat_state(nnx.state(loaded)))
+  assert set(got) == set(want)
+  for path, variable in want.items():
+    assert got[path].dtype == np.float32, path
+    np.testing.assert_array_equal(got[path].get_value(), variable.get_value())
