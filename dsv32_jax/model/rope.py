@@ -22,7 +22,10 @@ def frequencies(rope_width: int, rope: config_lib.RopeConfig) -> np.ndarray:
   beta_slow times are divided by factor, a linear ramp lies between.
   """
   pair_P = np.arange(0, rope_width, 2, dtype=np.float32) / rope_width
-  base_P = (1.0 / np.float32(rope.theta) ** pair_P).astype(np.float32)
+  # A last bit here is a hundredth of a radian at position 160K. The power is
+  # rounded once and the ramp mixed in the official order, to the same bits.
+  power_P = (rope.theta ** pair_P.astype(np.float64)).astype(np.float32)
+  base_P = np.float32(1.0) / power_P
   if rope.factor <= 1:
     return base_P
 
@@ -36,7 +39,8 @@ def frequencies(rope_width: int, rope: config_lib.RopeConfig) -> np.ndarray:
     high += 0.001
   index_P = np.arange(rope_width // 2, dtype=np.float32)
   ramp_P = np.clip((index_P - low) / (high - low), 0, 1).astype(np.float32)
-  return base_P / np.float32(rope.factor) * ramp_P + base_P * (1 - ramp_P)
+  kept_P = 1 - ramp_P
+  return base_P / np.float32(rope.factor) * (1 - kept_P) + base_P * kept_P
 
 
 def rotation_tables(positions_BT, rope_width: int, rope: config_lib.RopeConfig):

@@ -112,11 +112,8 @@ def hadamard(x):
 def _scale(amax, power_of_two):
   """Returns amax / 448, rounded up to a power of two if asked; float32."""
   if not power_of_two:
-    # XLA would turn the division by a constant into a product with its rounded
-    # reciprocal, so 448 is made from amax's sign bit, which is zero.
-    sign = jax.lax.bitcast_convert_type(amax, jnp.uint32) >> 31
-    divisor_bits = sign | np.float32(FLOAT8_MAX).view(np.uint32)
-    return amax / jax.lax.bitcast_convert_type(divisor_bits, jnp.float32)
+    # The official kernel multiplies by the rounded reciprocal.
+    return amax * np.float32(1.0 / FLOAT8_MAX)
   # 448 is 1.75 * 2^8, so amax / 448 exceeds the power of two that is 8 below
   # amax's own exactly if amax's mantissa exceeds 1.75.
   bits = jax.lax.bitcast_convert_type(amax, jnp.uint32)

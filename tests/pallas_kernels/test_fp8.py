@@ -16,7 +16,8 @@ SHAPES = [(3, 128), (2, 5, 100), (4, 300), (1, 1)]
 
 def numpy_scale(amax, power_of_two):
   """One scale from one block's absolute maximum, in Python floats."""
-  plain = np.float32(max(np.float32(amax), np.float32(1e-4)) / np.float32(448))
+  amax = max(np.float32(amax), np.float32(1e-4))
+  plain = np.float32(amax * np.float32(1 / 448))
   if not power_of_two:
     return plain
   mantissa, exponent = math.frexp(plain)
