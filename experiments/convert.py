@@ -17,6 +17,7 @@ import tqdm
 
 from dsv32_jax import sharding
 from dsv32_jax import weights
+from dsv32_jax.training import model_checkpoint
 from experiments import common
 
 _SOURCE = flags.DEFINE_string("source", None, "Checkpoint folder to read.")
@@ -58,7 +59,8 @@ def main(argv):
   default = "float32" if _TO.value == "orbax" else "bfloat16"
   dtype = jnp.dtype(_DTYPE.value or default)
   mesh = None
-  if len(jax.devices()) > 1:
+  # Devices of a CPU share their memory: nothing to spread.
+  if len(jax.devices()) > 1 and jax.default_backend() != "cpu":
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=-1))
   show = functools.partial(tqdm.tqdm, unit="tensor")
   # Float8 is quantised from float32: rounding twice would not round right.
@@ -72,9 +74,10 @@ def main(argv):
       progress=functools.partial(show, desc="read"),
     )
   else:
-    model = weights.load_orbax(source, mesh=mesh)
+    model = model_checkpoint.load_model(source, mesh=mesh)
   if _TO.value == "orbax":
-    weights.save_orbax(model, target)
+    with weights.Staged(target) as staged:
+      model_checkpoint.save_model(model, staged.path)
   else:
     weights.save_hf(
       model,

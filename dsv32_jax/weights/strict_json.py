@@ -56,9 +56,9 @@ def read_object(path: str) -> dict[str, Any]:
   """
   try:
     with open(path, "rb") as file:
-      text = file.read(MAX_JSON_BYTES + 1)
+      if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: more than {MAX_JSON_BYTES} bytes of JSON")
+      text = file.read()
   except OSError as error:
     raise ValueError(f"{path}: {error.strerror}") from None
-  if len(text) > MAX_JSON_BYTES:
-    raise ValueError(f"{path}: more than {MAX_JSON_BYTES} bytes of JSON")
   return parse_object(text, os.fspath(path))

@@ -3,24 +3,17 @@
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 from dsv32_jax import sharding
 from dsv32_jax import weights
+from tests.support import fp8_checkpoint
 from tests.support import oracle_checkpoint
 from tests.support import oracle_ops
 
 CONFIG = oracle_checkpoint.tiny_config()
-FP8 = {
-  "quant_method": "fp8",
-  "fmt": "e4m3",
-  "activation_scheme": "dynamic",
-  "weight_block_size": [128, 128],
-}
 EMBED = "model.embed_tokens.weight"
-DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -244,126 +237,21 @@ def test_inv_freq_is_ignored(tmp_path, tensors, loaded):
   assert_same(weights.load_hf(tmp_path), loaded[1])
 
 
-def fp8_tensors(tensors):
-  """Quantises two matrices, one by a partial block, by the oracle."""
-  changed = dict(tensors)
-  for name in (DOWN, "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"):
-    values = tensors[name].astype(np.float32)
-    scale = np.full((1, 1), 2.0**-7, np.float32)
-    changed[name] = np.clip(values / scale, -448, 448).astype(
-      ml_dtypes.float8_e4m3fn
-    )
-    changed[name + "_scale_inv"] = scale
-  return changed
-
-
-def fp8_dtype(name):
-  is_fp8 = name in (DOWN, "model.layers.1.self_attn.kv_a_proj_with_mqa.weight")
-  return "F8_E4M3" if is_fp8 else oracle_checkpoint.stored_dtype(name)
-
-
 def test_fp8(tmp_path, tensors, loaded):
-  changed = fp8_tensors(tensors)
+  changed = fp8_checkpoint.quantised(tensors)
   oracle_checkpoint.save_checkpoint(
-    tmp_path, CONFIG | {"quantization_config": FP8}, changed, fp8_dtype
+    tmp_path,
+    CONFIG | {"quantization_config": fp8_checkpoint.QUANTIZATION},
+    changed,
+    fp8_checkpoint.dtype_of,
   )
   model = weights.load_hf(tmp_path)
   want = oracle_ops.dequantise_weight(
-    changed[DOWN], changed[DOWN + "_scale_inv"]
+    changed[fp8_checkpoint.NAMES[0]],
+    changed[fp8_checkpoint.NAMES[0] + "_scale_inv"],
   )
   np.testing.assert_array_equal(model.dense_layers.ffn.down[0], want.T)
   exact = state_of(weights.load_hf(tmp_path, dtype=jnp.bfloat16))
   np.testing.assert_array_equal(
     np.asarray(exact["dense_layers.ffn.down"][0], np.float32), want.T
   )
-
-
-def drop(name):
-  return lambda tensors: {k: v for k, v in tensors.items() if k != name}
-
-
-def put(**changes):
-  return lambda tensors: tensors | changes
-
-
-MTP_HEAD = "model.layers.3.shared_head.head.weight"
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (drop(EMBED), f"'{EMBED}' is missing"),
-    (
-      drop("model.layers.2.mlp.experts.5.up_proj.weight"),
-      r"5.up_proj.*missing",
-    ),
-    (drop("model.layers.1.self_attn.indexer.wk.weight"), r"wk.weight' is miss"),
-    (drop(MTP_HEAD), f"'{MTP_HEAD}' is missing"),
-    (drop("model.layers.3.self_attn.indexer.k_norm.bias"), r"k_norm.bias' is"),
-    (without_indexer, r"indexer.wq_b.weight' is missing"),
-    (put(extra=np.ones(3)), "unexpected tensor 'extra'"),
-    (
-      put(**{"model.layers.1.mlp.gate_proj.weight": np.ones((2, 2))}),
-      r"unexpected tensor 'model.layers.1.mlp.gate_proj",
-    ),
-    (
-      put(**{"model.layers.2.mlp.experts.12.up_proj.weight": np.ones(3)}),
-      r"unexpected tensor .*experts.12",
-    ),
-    (
-      put(**{"model.layers.4.input_layernorm.weight": np.ones(40)}),
-      "model.layers.4.*only one layer may follow",
-    ),
-    (put(**{DOWN + "_scale_inv": np.ones((1, 1))}), "unexpected .*_scale_inv"),
-    (put(**{DOWN: np.ones((56, 40))}), rf"'{DOWN}' has shape \[56, 40\]"),
-    (put(**{EMBED: np.ones(61)}), rf"'{EMBED}' has shape \[61\]"),
-    (put(**{MTP_HEAD: np.zeros((61, 40))}), f"'{MTP_HEAD}' differs from"),
-  ],
-)
-def test_refused(tmp_path, tensors, change, message):
-  oracle_checkpoint.save_checkpoint(tmp_path, CONFIG, change(tensors))
-  with pytest.raises(ValueError, match=message) as caught:
-    weights.load_hf(tmp_path)
-  assert str(tmp_path) in str(caught.value)
-  assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-  ("config", "scale", "message"),
-  [
-    ({}, 1.0, r"F8_E4M3 and .*config.json has no quantization_config"),
-    ({"quantization_config": FP8}, None, "_scale_inv' is missing"),
-    ({"quantization_config": FP8}, np.nan, "_scale_inv' has a scale"),
-    ({"quantization_config": FP8}, 0.0, "_scale_inv' has a scale"),
-    ({"quantization_config": FP8}, np.ones((1, 2)), "_scale_inv' is F32"),
-  ],
-)
-def test_fp8_refused(tmp_path, tensors, config, scale, message):
-  changed = fp8_tensors(tensors)
-  if scale is None:
-    del changed[DOWN + "_scale_inv"]
-  else:
-    shape = np.shape(scale) or (1, 1)
-    changed[DOWN + "_scale_inv"] = np.broadcast_to(scale, shape)
-  oracle_checkpoint.save_checkpoint(
-    tmp_path, CONFIG | config, changed, fp8_dtype
-  )
-  with pytest.raises(ValueError, match=message):
-    weights.load_hf(tmp_path)
-
-
-def test_wrong_types(tmp_path, tensors):
-  def embed_in_fp8(name):
-    return "F8_E4M3" if name == EMBED else oracle_checkpoint.stored_dtype(name)
-
-  config = CONFIG | {"quantization_config": FP8}
-  oracle_checkpoint.save_checkpoint(tmp_path, config, tensors, embed_in_fp8)
-  with pytest.raises(ValueError, match=rf"'{EMBED}' is F8_E4M3, not one of"):
-    weights.load_hf(tmp_path)
-  # The same bytes as another two-byte type.
-  oracle_checkpoint.save_checkpoint(tmp_path, CONFIG, tensors)
-  file = tmp_path / "model.safetensors"
-  renamed = file.read_bytes().replace(b'"dtype": "BF16"', b'"dtype":  "F16"')
-  file.write_bytes(renamed)
-  with pytest.raises(ValueError, match=r"is F16, not one of \['BF16', 'F32'\]"):
-    weights.load_hf(tmp_path)
