@@ -17,6 +17,7 @@ import tqdm
 from dsv32_jax import weights
 from dsv32_jax.evals import captures
 from dsv32_jax.evals import scoring
+from dsv32_jax.training import model_checkpoint
 from experiments import common
 
 _HF = flags.DEFINE_string("hf_checkpoint", None, "Hugging Face folder.")
@@ -45,7 +46,7 @@ def load_model(dtype):
     raise ValueError("give one of --hf_checkpoint and --checkpoint")
   if _HF.value is not None:
     return weights.load_hf(_HF.value, dtype=dtype)
-  return weights.load_orbax(_ORBAX.value, dtype=dtype)
+  return model_checkpoint.load_model(_ORBAX.value, dtype=dtype)
 
 
 def read_token_ids(path: str, vocab_size: int) -> np.ndarray:

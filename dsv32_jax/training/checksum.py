@@ -28,7 +28,11 @@ def checksums(arrays: dict[str, jax.Array]) -> dict[str, str]:
   for name, array in arrays.items():
     if array.dtype.itemsize > 4:
       raise ValueError(f"{name}: {array.dtype=} is wider than 32 bits")
-  sums = {name: _checksum(array) for name, array in arrays.items()}
+  sums = {}
+  for name, array in arrays.items():
+    # One after the other: sums over many CPU devices that are all under way
+    # at once starve each other until XLA aborts.
+    sums[name] = jax.block_until_ready(_checksum(array))
   return {
     name: f"{int(first):08x}{int(second):08x}"
     for name, (first, second) in jax.device_get(sums).items()
