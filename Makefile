@@ -15,11 +15,9 @@ comma := ,
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(JAX)-$(subst $(comma),-,$(EXTRAS))
 CONSTRAINTS := $(VENV)/constraints-$(JAX).txt
-PYTEST := $(BIN)/python -m pytest -n $(JOBS)
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-# Write small programs to the cache as well: the tests compile thousands.
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 
 .PHONY: install quickstart test test-all parity lint format clean
 

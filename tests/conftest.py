@@ -7,11 +7,15 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 # Tests of meshes need devices; other tests run on the first one.
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8"
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+if "PYTEST_XDIST_WORKER" in os.environ:
+  # Where tests run side by side, threads inside one only get in the way.
+  os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax")
 )
+# Most programs of the tests compile in less than the second that is the default.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("MPLBACKEND", "Agg")
