@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "dsv32_jax.agents",
     "dsv32_jax.verifiers",
   ),
+  "dsv32_jax.recipe": ("dsv32_jax.training", "dsv32_jax.evals"),
 }
 WITHOUT_JAX = ("dsv32_jax.agents", "dsv32_jax.verifiers")
 KERNEL_LIBRARIES = {"jax", "numpy"}

@@ -162,7 +162,7 @@ def _layer_mass(module, trace, layer, sight, selectors, top_k):
 def measure(
   model: transformer.Transformer,
   tokens_RT: np.ndarray,
-  selectors: Mapping[str, selection.Selector],
+  run,
   *,
   top_k: int,
   batch_size: int,
@@ -173,8 +173,8 @@ def measure(
   Args:
     model: any; its attention runs dense.
     tokens_RT: rows of one document each.
-    selectors: by name.
-    top_k: keys of the best choice; positions below see no more and are left
+    run: of make_measure, for the structure of this model.
+    top_k: as given to it; positions below see no more and are left
       out.
     batch_size: rows at a time.
     progress: wraps the iterable of steps.
@@ -188,8 +188,7 @@ def measure(
   """
   if tokens_RT.shape[1] <= top_k:
     raise ValueError(f"{tokens_RT.shape=} has no position past {top_k=}")
-  graph, state = nnx.split(model)
-  run = make_measure(graph, selectors, top_k)
+  state = nnx.state(model)
   parts = []
   for start in progress(range(0, len(tokens_RT), batch_size)):
     rows = tokens_RT[start : start + batch_size]

@@ -17,7 +17,6 @@ import numpy as np
 from dsv32_jax import sharding
 from dsv32_jax.data import batch as batch_lib
 from dsv32_jax.model import attention
-from dsv32_jax.model import transformer
 
 # B batch, T tokens, D model width, V vocabulary, R rows of the whole set,
 # X devices
@@ -140,83 +139,93 @@ def make_scorer(
   return run
 
 
-def score_with_pmap(
-  model: transformer.Transformer,
-  batches: Iterable[batch_lib.Batch],
-  options: attention.AttentionOptions,
-  *,
-  devices=None,
-  separate_documents: bool = True,
-) -> Scores:
-  """Scores rows with a whole model on each device.
+class PmapScorer:
+  """Scores rows with a whole model on each local device."""
 
-  Args:
-    model: on one device.
-    batches: of any numbers of rows; the order of the rows is kept, and rows
-      that fill up the last share are masked and dropped.
-    options: which keys a query sees.
-    devices: local devices to use; default: all.
-    separate_documents: as for make_scorer.
-  """
-  devices = list(jax.local_devices() if devices is None else devices)
-  graph, state = nnx.split(model)
-  run = make_scorer(graph, options, separate_documents=separate_documents)
-  everywhere = jax.sharding.NamedSharding(
-    jax.sharding.Mesh(np.asarray(devices), ("devices",)),
-    jax.sharding.PartitionSpec(),
-  )
-  state = jax.device_put(state, everywhere)
-  spread = jax.pmap(run, in_axes=(None, 0), devices=devices)
+  def __init__(
+    self,
+    graph,
+    options: attention.AttentionOptions,
+    *,
+    devices=None,
+    separate_documents: bool = True,
+  ):
+    """Prepares the computation; it is compiled on first use.
 
-  def score(batch):
-    rows = len(batch.tokens_BT)
-    share = -(-rows // len(devices))
-    whole = _pad_rows(batch, share * len(devices))
-    cut = jax.tree.map(
-      lambda x: x.reshape(len(devices), share, *x.shape[1:]), whole
+    Args:
+      graph: structure of the models to score, from nnx.split.
+      options: which keys a query sees.
+      devices: local devices to use; default: all.
+      separate_documents: as for make_scorer.
+    """
+    self._devices = list(jax.local_devices() if devices is None else devices)
+    run = make_scorer(graph, options, separate_documents=separate_documents)
+    self._run = jax.pmap(run, in_axes=(None, 0), devices=self._devices)
+
+  def __call__(self, model, batches, progress=lambda steps: steps) -> Scores:
+    """Scores batches of any numbers of rows, in their order.
+
+    Rows that fill up the last device's share are masked and dropped.
+
+    Args:
+      model: of the graph given.
+      batches: iterable of Batch.
+      progress: wraps the iterable.
+    """
+    devices = self._devices
+    everywhere = jax.sharding.NamedSharding(
+      jax.sharding.Mesh(np.asarray(devices), ("devices",)),
+      jax.sharding.PartitionSpec(),
     )
-    return jax.tree.map(
-      lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:rows],
-      spread(state, cut),
+    state = jax.device_put(nnx.state(model), everywhere)
+
+    def score(batch):
+      rows = len(batch.tokens_BT)
+      share = -(-rows // len(devices))
+      whole = _pad_rows(batch, share * len(devices))
+      cut = jax.tree.map(
+        lambda x: x.reshape(len(devices), share, *x.shape[1:]), whole
+      )
+      return jax.tree.map(
+        lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:rows],
+        self._run(state, cut),
+      )
+
+    return _collect(score, progress(batches))
+
+
+class MeshScorer:
+  """Scores rows with one model laid over a mesh; as PmapScorer."""
+
+  def __init__(
+    self,
+    graph,
+    options: attention.AttentionOptions,
+    mesh: jax.sharding.Mesh,
+    *,
+    separate_documents: bool = True,
+  ):
+    """Prepares the computation on a mesh of sharding.make_mesh."""
+    self._mesh = mesh
+    self._run = jax.jit(
+      make_scorer(graph, options, separate_documents=separate_documents),
+      out_shardings=sharding.replicated(mesh),
     )
 
-  return _collect(score, batches)
+  def __call__(self, model, batches, progress=lambda steps: steps) -> Scores:
+    """Scores batches with a model that lies on the mesh."""
+    mesh, state = self._mesh, nnx.state(model)
+    split = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
 
+    def score(batch):
+      rows = len(batch.tokens_BT)
+      whole = _pad_rows(batch, -(-rows // split) * split)
+      layout = sharding.batch_sharding(mesh, whole.tokens_BT.shape)
+      with jax.set_mesh(mesh):
+        found = self._run(state, jax.device_put(whole, layout))
+      return jax.tree.map(lambda x: np.asarray(x)[:rows], found)
 
-def score_on_mesh(
-  model: transformer.Transformer,
-  batches: Iterable[batch_lib.Batch],
-  options: attention.AttentionOptions,
-  mesh: jax.sharding.Mesh,
-  *,
-  separate_documents: bool = True,
-) -> Scores:
-  """Scores rows with one model laid over a mesh; see score_with_pmap.
-
-  Args:
-    model: laid on the mesh by its logical axes.
-    batches: as for score_with_pmap.
-    options: which keys a query sees.
-    mesh: of sharding.make_mesh.
-    separate_documents: as for make_scorer.
-  """
-  graph, state = nnx.split(model)
-  everywhere = sharding.replicated(mesh)
-  run = jax.jit(
-    make_scorer(graph, options, separate_documents=separate_documents),
-    out_shardings=everywhere,
-  )
-  split = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
-
-  def score(batch):
-    rows = len(batch.tokens_BT)
-    whole = _pad_rows(batch, -(-rows // split) * split)
-    layout = sharding.batch_sharding(mesh, whole.tokens_BT.shape)
-    with jax.set_mesh(mesh):
-      found = run(state, jax.device_put(whole, layout))
-    return jax.tree.map(lambda x: np.asarray(x)[:rows], found)
-
-  return _collect(score, batches)
+    return _collect(score, progress(batches))
 
 
 def document_rows(
