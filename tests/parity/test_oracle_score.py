@@ -38,6 +38,7 @@ def score(checkpoint, token_ids, workdir, *flags):
     ],
     cwd=conftest.REPOSITORY,
     env=environment,
+    check=False,
     capture_output=True,
     text=True,
     timeout=240,
