@@ -8,7 +8,7 @@ EXTRAS ?= dev
 JOBS ?= 2
 WORKDIR ?= runs/quickstart
 
-# The newest JAX this Python can have: make test JAX=newest VENV=.venv-newest
+# The newest JAX and Flax of this Python: make test JAX=newest VENV=.venv-newest
 JAX ?= pinned
 
 comma := ,
@@ -35,7 +35,7 @@ $(VENV)/constraints-pinned.txt: constraints.txt | $(BIN)/python
 	cp constraints.txt $@
 
 $(VENV)/constraints-newest.txt: constraints.txt | $(BIN)/python
-	grep -v -E '^(jax|jaxlib)==' constraints.txt > $@
+	grep -v -E '^(flax|jax|jaxlib)==' constraints.txt > $@
 
 quickstart: $(STAMP)
 	$(BIN)/python -m experiments.quickstart --workdir=$(WORKDIR) $(ARGS)

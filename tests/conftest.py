@@ -16,6 +16,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax")
 )
-# Most programs of the tests compile in less than the second that is the default.
+# Most programs of the tests compile faster than the default limit of a second.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("MPLBACKEND", "Agg")
