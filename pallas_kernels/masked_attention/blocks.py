@@ -51,7 +51,9 @@ def choose_sizes(query_shape, key_shape):
   longest = max(512, min(8192, 512 * 512 // block_queries))
   key_tiles = -(-keys // longest)
   tile_keys = -(-keys // (key_tiles * bitmask.BITS)) * bitmask.BITS
-  block_heads = max(n for n in range(1, 9) if heads % n == 0)
+  # Two heads of 512 queries: a tile's scores stay in the second caches.
+  most = max(2, min(heads, 1024 // block_queries))
+  block_heads = max(n for n in range(1, most + 1) if heads % n == 0)
   head_parts = heads // block_heads
   return Sizes(
     batch=batch,
