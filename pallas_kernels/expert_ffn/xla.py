@@ -1,20 +1,20 @@
 """The routed experts in plain XLA for CPU: one block of rows at a time.
 
-XLA's CPU `ragged_dot` multiplies every row by every expert. Here the rows of
-(token, slot) are given places, expert after expert, each expert's first row on
-a block boundary; a running count of the one-hot experts finds them without a
-sort. A loop over as many blocks as the routing fills takes a block's tokens and
-its one expert's weights, and writes the results to a buffer of rows, from which
-each token sums its own. So uneven routing costs nothing but padding, at most
-one part-filled block an expert. Backward does the same, recomputing the hidden
-rows.
+XLA's CPU `ragged_dot` multiplies every row by every expert. Here the rows, one
+for each token and slot, are given places, expert after expert, each expert's
+first row on a block boundary; a running count of the one-hot experts finds them
+without a sort. A loop over as many blocks as the routing fills takes a block's
+tokens and its one expert's weights, and adds the results to the tokens. So
+uneven routing costs nothing but padding, at most one part-filled block an
+expert. Backward does the same, recomputing the hidden rows.
 
-Memory: a buffer of T*A + E*block rows of D float32, and in backward the float32
-gradients of the weights.
+Memory beyond inputs and outputs: a one-hot count of T*A by E int32, a block's
+rows, one expert's weights, and in backward the float32 gradients.
 """
 # T tokens, A experts a token, E experts, D model width, F expert width, N = T*A
 # rows as given, P places in blocks, K blocks, R rows of a block
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -23,9 +23,8 @@ import jax.numpy as jnp
 
 
 class _Plan(NamedTuple):
-  """Where the rows go: places in blocks of one expert each."""
+  """The rows in their places: blocks of one expert each."""
 
-  place_TA: jax.Array  # P where the expert is not one of ours
   row_P: jax.Array  # N where the place is empty
   expert_K: jax.Array
   num_blocks: jax.Array
@@ -45,17 +44,19 @@ def expert_ffn(x_TD, experts_TA, weights_TA, gate_EDF, up_EDF, down_EFD):
   block = _block_size(experts_TA, gate_EDF)
   plan = _plan(experts_TA, gate_EDF.shape[0], block)
 
-  def step(index, out_PD):
+  weights_N = weights_TA.astype(jnp.float32).reshape(-1)
+
+  def step(index, out_TD):
     row_R = _block(plan.row_P, index, block)
     expert = plan.expert_K[index]
     x_RD = _tokens(x_TD, row_R, experts_TA)
     hidden = _hidden(x_RD, gate_EDF[expert], up_EDF[expert])
     out_RD = _dot(hidden.hidden_RF, down_EFD[expert])
-    return _write(out_PD, out_RD, index)
+    out_RD *= _take(weights_N, row_R)[:, None]
+    return _add_tokens(out_TD, row_R, experts_TA, out_RD)
 
-  out_PD = jnp.zeros((plan.row_P.shape[0], x_TD.shape[1]), jnp.float32)
-  out_PD = lax.fori_loop(0, plan.num_blocks, step, out_PD)
-  return _combine(out_PD, plan.place_TA, weights_TA.astype(jnp.float32))
+  out_TD = jnp.zeros(x_TD.shape, jnp.float32)
+  return lax.fori_loop(0, plan.num_blocks, step, out_TD)
 
 
 def _forward(x_TD, experts_TA, weights_TA, gate_EDF, up_EDF, down_EFD):
@@ -70,7 +71,7 @@ def _backward(inputs, d_out_TD):
   weights_N = weights_TA.astype(jnp.float32).reshape(-1)
 
   def step(index, totals):
-    d_x_PD, d_weight_P, d_gate_EDF, d_up_EDF, d_down_EFD = totals
+    d_x_TD, d_weights_N, d_gate_EDF, d_up_EDF, d_down_EFD = totals
     row_R = _block(plan.row_P, index, block)
     expert = plan.expert_K[index]
     gate_DF, up_DF = gate_EDF[expert], up_EDF[expert]
@@ -85,23 +86,20 @@ def _backward(inputs, d_out_TD):
     d_gate_RF, d_up_RF = _d_hidden(hidden, weight_R1 * d_unweighted_RF)
     d_x_RD = _dot(d_gate_RF, gate_DF.T) + _dot(d_up_RF, up_DF.T)
     return (
-      _write(d_x_PD, d_x_RD, index),
-      _write(d_weight_P, d_weight_R, index),
-      d_gate_EDF.at[expert].add(_dot(x_RD.T, d_gate_RF)),
-      d_up_EDF.at[expert].add(_dot(x_RD.T, d_up_RF)),
-      d_down_EFD.at[expert].add(_dot(hidden_RF.T, weight_R1 * d_out_RD)),
+      _add_tokens(d_x_TD, row_R, experts_TA, d_x_RD),
+      d_weights_N.at[row_R].set(d_weight_R, mode="drop"),
+      _add(d_gate_EDF, expert, _dot(x_RD.T, d_gate_RF)),
+      _add(d_up_EDF, expert, _dot(x_RD.T, d_up_RF)),
+      _add(d_down_EFD, expert, _dot(hidden_RF.T, weight_R1 * d_out_RD)),
     )
 
-  places = plan.row_P.shape[0]
-  totals = (
-    jnp.zeros((places, x_TD.shape[1]), jnp.float32),
-    jnp.zeros((places,), jnp.float32),
-    *(jnp.zeros(w.shape, jnp.float32) for w in (gate_EDF, up_EDF, down_EFD)),
+  totals = tuple(
+    jnp.zeros(array.shape, jnp.float32)
+    for array in (x_TD, weights_N, gate_EDF, up_EDF, down_EFD)
   )
   totals = lax.fori_loop(0, plan.num_blocks, step, totals)
-  d_x_PD, d_weight_P, *d_matrices = totals
-  d_x_TD = _combine(d_x_PD, plan.place_TA, jnp.ones_like(plan.place_TA))
-  d_weights_TA = jnp.take(d_weight_P, plan.place_TA, mode="fill", fill_value=0)
+  d_x_TD, d_weights_N, *d_matrices = totals
+  d_weights_TA = d_weights_N.reshape(weights_TA.shape)
   return (
     d_x_TD.astype(x_TD.dtype),
     None,
@@ -114,13 +112,22 @@ expert_ffn.defvjp(_forward, _backward)
 
 
 def _block_size(experts_TA, gate_EDF):
-  """Returns rows of a block: fewer where experts get few rows."""
-  per_expert = experts_TA.size // gate_EDF.shape[0]
-  return min(128, max(8, 1 << (per_expert // 2).bit_length()))
+  """Returns rows of a block, by the rows that an expert gets on average.
+
+  A block has a cost of its own, about that of 40 rows, and half a block an
+  expert is padding: their sum is least near nine times the root of the average.
+  """
+  rows, experts = experts_TA.size, gate_EDF.shape[0]
+  if 2 * rows <= experts:
+    return 1
+  wanted = 9.0 * math.sqrt(rows / experts)
+  return min(512, max(8, 1 << round(math.log2(wanted))))
 
 
 def _plan(experts_TA, num_experts, block):
   """Places each row: after its expert's earlier rows, in that one's blocks."""
+  if block == 1:
+    return _plan_single(experts_TA, num_experts)
   flat_N = experts_TA.reshape(-1)
   rows = flat_N.shape[0]
   chosen_NE = flat_N[:, None] == jnp.arange(num_experts)
@@ -136,10 +143,21 @@ def _plan(experts_TA, num_experts, block):
   block_K1 = jnp.arange(places // block)[:, None]
   expert_K = jnp.sum(block_K1 >= end_E, axis=-1, dtype=jnp.int32)
   return _Plan(
-    place_TA=place_N.reshape(experts_TA.shape),
     row_P=row_P,
     expert_K=jnp.minimum(expert_K, num_experts - 1),
     num_blocks=end_E[-1],
+  )
+
+
+def _plan_single(experts_TA, num_experts):
+  """Places a few rows as they come: hardly two have one expert."""
+  rows = experts_TA.size
+  ours_TA = (experts_TA >= 0) & (experts_TA < num_experts)
+  row_N = jnp.arange(rows, dtype=jnp.int32)
+  return _Plan(
+    row_P=jnp.where(ours_TA.reshape(-1), row_N, rows),
+    expert_K=jnp.clip(experts_TA.reshape(-1), 0, num_experts - 1),
+    num_blocks=rows,
   )
 
 
@@ -177,16 +195,15 @@ def _block(array_P, index, block):
   return lax.dynamic_slice_in_dim(array_P, index * block, block)
 
 
-def _write(array_PX, block_RX, index):
-  start = index * block_RX.shape[0]
-  return lax.dynamic_update_slice_in_dim(array_PX, block_RX, start, 0)
+def _add(total_EXY, expert, added_XY):
+  """Adds to one expert's matrix."""
+  old_1XY = lax.dynamic_slice_in_dim(total_EXY, expert, 1)
+  return lax.dynamic_update_slice_in_dim(
+    total_EXY, old_1XY + added_XY, expert, 0
+  )
 
 
-def _combine(rows_PD, place_TA, weights_TA):
-  """Sums each token's rows, weighted; a place of P adds nothing."""
-  out_TD = 0.0
-  # One slot at a time: together they are an array of T*A rows.
-  for slot in range(place_TA.shape[1]):
-    row_TD = _take(rows_PD, place_TA[:, slot])
-    out_TD += weights_TA[:, slot, None] * row_TD
-  return out_TD
+def _add_tokens(total_TX, row_R, experts_TA, added_RX):
+  """Adds rows to their tokens; what stands in an empty place is left out."""
+  token_R = row_R // experts_TA.shape[1]
+  return total_TX.at[token_R].add(added_RX, mode="drop")
