@@ -1,0 +1,1 @@
+"""Scoring, held-out loss, attention mass: what a model is worth."""

@@ -114,7 +114,9 @@ def score_by_decoding(
     output = model(tokens_BT, cache=cache, options=options, with_logits=False)
     return model.head(output.hidden[:, -1:])[:, 0], output.cache
 
-  logits, cache = run(state, jnp.asarray(token_ids_BS[:, :prefill_length]), cache)
+  logits, cache = run(
+    state, jnp.asarray(token_ids_BS[:, :prefill_length]), cache
+  )
   logits = [np.asarray(logits)]
   traces = []
   trace = _tracer(graph, options, length) if capture else None

@@ -109,4 +109,6 @@ class Indexer(nnx.Module):
       self.weight[...].astype(jnp.float32),
       precision=jax.lax.Precision.HIGHEST,
     )
-    return IndexInputs(query_BTIK, key_BTK, weight_BTI * self.config.index_scale)
+    return IndexInputs(
+      query_BTIK, key_BTK, weight_BTI * self.config.index_scale
+    )

@@ -105,9 +105,7 @@ def route(x_BTD, router_DE, bias_E, config, replay_BTA=None) -> Routing:
   if config.normalize_expert_weights:
     total_BT1 = jnp.sum(weights_BTA, axis=-1, keepdims=True)
     weights_BTA = weights_BTA / (total_BT1 + 1e-20)
-  return Routing(
-    experts_BTA, weights_BTA * config.routed_scale, affinities_BTE
-  )
+  return Routing(experts_BTA, weights_BTA * config.routed_scale, affinities_BTE)
 
 
 def expert_load(experts_BTA, real_BT, num_experts: int):

@@ -134,14 +134,18 @@ class Window:
     visible_BTN = indices_BTN >= 0
     if sight.key_segments_BS is not None:
       batch_B11 = jnp.arange(slots_BT.shape[0])[:, None, None]
-      segments_BTN = sight.key_segments_BS[batch_B11, jnp.maximum(indices_BTN, 0)]
+      segments_BTN = sight.key_segments_BS[
+        batch_B11, jnp.maximum(indices_BTN, 0)
+      ]
       visible_BTN &= segments_BTN == sight.query_segments_BT[..., None]
     indices_BTN = jnp.where(visible_BTN, indices_BTN, -1)
     mask_BTW = None
     if not want_indices:
       mask_BTW = window_mask(slots_BT, self.k, key_BSK.shape[1])
     invalid_BT = jnp.zeros(slots_BT.shape, bool)
-    return Selection(mask_BTW, indices_BTN if want_indices else None, invalid_BT)
+    return Selection(
+      mask_BTW, indices_BTN if want_indices else None, invalid_BT
+    )
 
 
 Selector = Dense | TopK | Random | Window

@@ -6,7 +6,6 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from dsv32_jax import sharding
 from dsv32_jax.model import attention as attention_lib
 from dsv32_jax.model import block as block_lib
 from dsv32_jax.model import cache as cache_lib
@@ -108,7 +107,7 @@ class Transformer(nnx.Module):
     dtype=jnp.float32,
     compute_dtype=None,
   ):
-    """Makes a freshly initialised model.
+    """Makes the model; see fresh.py for fresh weights without compilation.
 
     Args:
       config: its shape.
@@ -117,7 +116,9 @@ class Transformer(nnx.Module):
       compute_dtype: type of activations and matmuls; default `dtype`.
     """
     self.config = config
-    self.compute_dtype = jnp.dtype(dtype if compute_dtype is None else compute_dtype)
+    if compute_dtype is None:
+      compute_dtype = dtype
+    self.compute_dtype = jnp.dtype(compute_dtype)
     kwargs = dict(rngs=rngs, dtype=dtype)
     self.embed = Embedding(config, **kwargs)
     self.dense_layers = block_lib.stacked_blocks(
@@ -170,9 +171,7 @@ class Transformer(nnx.Module):
     embedding_BTD = self.embed(tokens_BT, self.compute_dtype)
 
     def run(block, x_BTD, inputs):
-      return block(
-        x_BTD, sequence, options, inputs, record=record, trace=trace
-      )
+      return block(x_BTD, sequence, options, inputs, record=record, trace=trace)
 
     dense_inputs, moe_inputs = self._layer_inputs(cache, replay)
     x_BTD, dense_cache, dense = block_lib.run_layers(
@@ -256,8 +255,15 @@ class Transformer(nnx.Module):
     )
 
   def predict_further(
-    self, output: ModelOutput, tokens_BT, *, options=None, positions_BT=None,
-    segments_BT=None, remat=None, experts_BTA=None,
+    self,
+    output: ModelOutput,
+    tokens_BT,
+    *,
+    options=None,
+    positions_BT=None,
+    segments_BT=None,
+    remat=None,
+    experts_BTA=None,
   ):
     """Runs the multi-token prediction module on a forward's output.
 

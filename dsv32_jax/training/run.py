@@ -14,6 +14,7 @@ from dsv32_jax.data import batch as batch_lib
 from dsv32_jax.data import pipeline
 from dsv32_jax.data import tokenizer as tokenizer_lib
 from dsv32_jax.model import config as config_lib
+from dsv32_jax.model import fresh
 from dsv32_jax.model import transformer
 from dsv32_jax.training import checkpoint as checkpoint_lib
 from dsv32_jax.training import model_checkpoint
@@ -230,8 +231,6 @@ class Run:
   def _model(self):
     """The model a stage begins with: a checkpoint's, or a fresh one."""
     config = self.config
-    abstract = self._abstract_model()
-    graph, layout = nnx.split(abstract)
     if config.init_from is not None:
       model = model_checkpoint.load_model(
         config.init_from,
@@ -242,17 +241,13 @@ class Run:
       _check_same(config.model, model.config, config.init_from)
       return model
 
-    def make():
-      return nnx.state(
-        transformer.Transformer(
-          config.model,
-          rngs=nnx.Rngs(config.seed),
-          dtype=jnp.dtype(config.parameter_dtype),
-        )
-      )
-
-    shardings = jax.tree.map(lambda x: x.sharding, layout)
-    return nnx.merge(graph, jax.jit(make, out_shardings=shardings)())
+    return fresh.fresh_model(
+      config.model,
+      seed=config.seed,
+      dtype=jnp.dtype(config.parameter_dtype),
+      compute_dtype=jnp.dtype(config.compute_dtype),
+      mesh=self.mesh,
+    )
 
 
 class _Abstract:

@@ -2,12 +2,11 @@
 
 import dataclasses
 
-from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.model import config as config_lib
-from dsv32_jax.model import transformer
+from dsv32_jax.model import fresh
 
 
 def tiny_config(**changes) -> config_lib.ModelConfig:
@@ -43,9 +42,7 @@ def tiny_config(**changes) -> config_lib.ModelConfig:
 
 def tiny_model(seed=0, *, dtype=jnp.float32, **changes):
   """A fresh tiny model whose router biases are not zero."""
-  model = transformer.Transformer(
-    tiny_config(**changes), rngs=nnx.Rngs(seed), dtype=dtype
-  )
+  model = fresh.fresh_model(tiny_config(**changes), seed=seed, dtype=dtype)
   if model.moe_layers is not None:
     bias = model.moe_layers.ffn.expert_bias
     noise = np.random.default_rng(seed).normal(size=bias[...].shape)
