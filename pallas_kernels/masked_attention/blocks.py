@@ -48,7 +48,7 @@ def choose_sizes(query_shape, key_shape):
   query_blocks = -(-queries // 512)
   block_queries = -(-queries // query_blocks)
   # A short block of queries takes longer tiles of keys: few, big operations.
-  longest = max(512, min(8192, 512 * 512 // block_queries))
+  longest = max(512, min(2**15, 2**18 // block_queries))
   key_tiles = -(-keys // longest)
   tile_keys = -(-keys // (key_tiles * bitmask.BITS)) * bitmask.BITS
   # Two heads of 512 queries: a tile's scores stay in the second caches.
