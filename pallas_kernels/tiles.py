@@ -4,8 +4,8 @@ XLA does not vectorise a reduction along the minor axis on CPU, and one product
 over all heads writes out [heads, T, S]. So rows are reduced by an elementwise
 combination of slices, which it does vectorise, and heads go in groups.
 """
-# B batch, T queries, C queries of a chunk, Z keys of a tile, I heads, N groups of
-# heads, G heads of a group, K width
+# B batch, T queries, C queries of a chunk, Z keys of a tile, I heads, N groups
+# of heads, G heads of a group, K width
 
 import functools
 import operator
@@ -14,27 +14,29 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-SLICES = 32
 HEAD_GROUP = 8
 
 
-def reduce_rows(terms, width, combine, reduce):
-  """Reduces rows of `width` keys, a multiple of 32, to one value each.
+def reduce_rows(terms, width, combine, reduce, slices=8):
+  """Reduces rows of `width` keys to one value each.
 
   Args:
     terms: gives the columns start to stop, as in terms(start, stop).
-    width: how many columns there are.
+    width: how many columns there are, a multiple of `slices`.
     combine: joins two arrays elementwise.
     reduce: the same operation along an axis, as in reduce(x, axis=-1).
+    slices: how many slices are combined; more are faster and compile slower.
   """
-  part = width // SLICES
-  slices = [terms(i * part, (i + 1) * part) for i in range(SLICES)]
-  return reduce(functools.reduce(combine, slices), axis=-1)
+  part = width // slices
+  combined = functools.reduce(
+    combine, [terms(i * part, (i + 1) * part) for i in range(slices)]
+  )
+  return reduce(combined, axis=-1)
 
 
-def sum_rows(terms, width):
+def sum_rows(terms, width, slices=8):
   """Sums rows of `width` keys; see `reduce_rows`."""
-  return reduce_rows(terms, width, operator.add, jnp.sum)
+  return reduce_rows(terms, width, operator.add, jnp.sum, slices)
 
 
 def max_rows(terms, width):
@@ -64,7 +66,7 @@ def sum_groups(function, groups):
 
 
 def dots(query_GCK, key_ZK):
-  """Multiplies the queries of a group of heads with keys they share: [G,C,Z]."""
+  """Multiplies a group's queries with keys that all share; float32 [G,C,Z]."""
   heads, chunk, width = query_GCK.shape
   flat = lax.dot_general(
     query_GCK.reshape(heads * chunk, width),

@@ -276,6 +276,7 @@ def test_quantised_inputs_use_key_scales():
   query, query_scale = fp8.quantize(rng.normal(size=(1, 40, 4, 128)))
   key, key_scale = fp8.quantize(rng.normal(size=(1, 200, 128)) * 5)
   weight = rng.normal(size=(1, 40, 4)).astype("f4") * query_scale[..., 0]
+  scale_BS = key_scale[..., 0]
   slots_BT = np.arange(160, 200, dtype=np.int32)[None]
   score_BTS = float64_scores(
     np.asarray(query, "f4"), np.asarray(key, "f4"), np.asarray(weight)
@@ -283,18 +284,15 @@ def test_quantised_inputs_use_key_scales():
   score_BTS = score_BTS * np.asarray(key_scale)[:, None, :, 0]
   want_BTS = numpy_select(score_BTS, numpy_allowed(slots_BT, 200), 30)
   for implementation in IMPLEMENTATIONS:
-    got = index_select(
-      query,
-      key,
-      weight,
-      slots_BT,
-      top_k=30,
-      key_scale_BS=key_scale[..., 0],
-      implementation=implementation,
+    select = functools.partial(
+      index_select, top_k=30, implementation=implementation
+    )
+    got = jax.jit(lambda *x, select=select: select(*x, key_scale_BS=scale_BS))(
+      query, key, weight, slots_BT
     )
     np.testing.assert_array_equal(bitmask.unpack(got.mask_BTW, 200), want_BTS)
   rtol, atol = TOLERANCE["float32"]
-  got_BTS = index_scores(query, key, weight, key_scale[..., 0])
+  got_BTS = index_scores(query, key, weight, scale_BS)
   np.testing.assert_allclose(
     got_BTS, score_BTS, rtol=rtol, atol=atol * np.abs(score_BTS).max()
   )
@@ -314,7 +312,8 @@ def test_no_gradient_flows():
   def loss(query, key, weight):
     return jnp.sum(index_select(query, key, weight, slots_BT, top_k=4)[3])
 
-  for gradient in jax.grad(loss, argnums=(0, 1, 2))(query, key, weight):
+  gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, weight)
+  for gradient in gradients:
     assert (np.asarray(gradient) == 0).all()
 
 

@@ -1,0 +1,89 @@
+"""Selection for one or two queries, as in decoding, by `lax.top_k`."""
+# B batch, T queries, S keys, P keys of a level, I index heads, K index width,
+# N selected keys
+
+import functools
+import operator
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from pallas_kernels import bitmask
+
+LEVELS = 4
+
+
+def select(
+  query_BTIK,
+  key_BSK,
+  weight_BTI,
+  slots_BT,
+  key_scale_BS,
+  *,
+  top_k,
+  want_mask,
+  want_indices,
+):
+  """Returns the fields of `Selected` in order, for one segment.
+
+  Work stops at the first quarter of the keys that covers all visible ones.
+  """
+  num_keys = key_BSK.shape[1]
+
+  def branch(width):
+    scale_BP = None if key_scale_BS is None else key_scale_BS[:, :width]
+    score_BTP = _scores(query_BTIK, key_BSK[:, :width], weight_BTI, scale_BP)
+    return _best(score_BTP, slots_BT, top_k)
+
+  widths = sorted({-(-num_keys * i // LEVELS) for i in range(1, LEVELS + 1)})
+  level = sum(
+    (jnp.max(slots_BT) >= width).astype(jnp.int32) for width in widths[:-1]
+  )
+  branches = [functools.partial(branch, width) for width in widths]
+  indices_BTN, *others = lax.switch(level, branches)
+  mask_BTW = bitmask.from_indices(indices_BTN, num_keys) if want_mask else None
+  return mask_BTW, indices_BTN if want_indices else None, *others
+
+
+def _scores(query_BTIK, key_BPK, weight_BTI, scale_BP):
+  """Returns float32 scores [B,T,P] with -0.0 as 0.0."""
+  batch, queries, heads, width = query_BTIK.shape
+  dot_BTIP = jnp.einsum(
+    "BXK,BPK->BXP",
+    query_BTIK.astype(jnp.float32).reshape(batch, queries * heads, width),
+    key_BPK.astype(jnp.float32),
+    precision=lax.Precision.HIGHEST,
+  ).reshape(batch, queries, heads, -1)
+  weight_BTI = weight_BTI.astype(jnp.float32)
+  terms = [
+    jnp.maximum(dot_BTIP[:, :, i], 0.0) * weight_BTI[:, :, i, None]
+    for i in range(heads)
+  ]
+  score_BTP = functools.reduce(operator.add, terms)
+  if scale_BP is not None:
+    score_BTP = score_BTP * scale_BP[:, None]
+  return jnp.where(score_BTP == 0.0, 0.0, score_BTP)
+
+
+def _best(score_BTP, slots_BT, top_k):
+  """Returns indices_BTN, lse_all_BT, lse_selected_BT and invalid_BT."""
+  visible_BTP = jnp.arange(score_BTP.shape[-1]) <= slots_BT[..., None]
+  invalid_BT = jnp.any(visible_BTP & jnp.isnan(score_BTP), axis=-1)
+  # Hidden keys come after all visible ones, so that a tie at -inf, which goes
+  # to the lower index, never lets a hidden key in before a visible one.
+  masked_BTP = jnp.where(
+    visible_BTP & ~invalid_BT[..., None], score_BTP, -jnp.inf
+  )
+  size = min(top_k, score_BTP.shape[-1])
+  value_BTN, indices_BTN = lax.top_k(masked_BTP, size)
+  listed_BTN = indices_BTN <= slots_BT[..., None]
+  listed_BTN &= ~invalid_BT[..., None]
+  indices_BTN = jnp.where(listed_BTN, indices_BTN.astype(jnp.int32), -1)
+  padding = [(0, 0), (0, 0), (0, top_k - size)]
+  return (
+    jnp.pad(indices_BTN, padding, constant_values=-1),
+    jax.nn.logsumexp(masked_BTP, axis=-1),
+    jax.nn.logsumexp(jnp.where(listed_BTN, value_BTN, -jnp.inf), axis=-1),
+    invalid_BT,
+  )
