@@ -122,30 +122,44 @@ def _train_step(model, batch, transformation: optax.GradientTransformation):
 
 
 def _decode(model, token_ids, length, variant):
+  """Decodes after a prefill by the stacked model, which compiles one layer."""
   chosen = options(model, variant)
-  config = model.config
-  graph, state = nnx.split(model.unstacked())
-  del model
-  cache = cache_lib.empty_cache(config, 1, token_ids.shape[1], stacked=False)
-
-  @functools.partial(jax.jit, donate_argnums=2)
-  def forward(state, tokens_BT, cache):
-    output = nnx.merge(graph, state)(
-      tokens_BT, cache=cache, options=chosen, with_logits=False
-    )
-    logits = nnx.merge(graph, state).head(output.hidden[:, -1:])
-    return logits, output.cache
-
+  capacity = token_ids.shape[1]
+  cache = cache_lib.empty_cache(model.config, 1, capacity)
+  forward = _cached_forward(model, chosen)
   for start in range(0, length, PIECE):
     piece = token_ids[:, start : min(start + PIECE, length)]
-    _, cache = forward(state, piece, cache)
+    logits, cache = forward(piece, cache)
+  logits.block_until_ready()
+  cache = cache._replace(dense=_unstack(cache.dense), moe=_unstack(cache.moe))
+  forward = _cached_forward(model.unstacked(), chosen)
   place = length
 
   def run():
     nonlocal cache, place
-    logits, cache = forward(state, token_ids[:, place : place + 1], cache)
+    logits, cache = forward(token_ids[:, place : place + 1], cache)
     logits.block_until_ready()
     place += 1
 
-  runs = token_ids.shape[1] - length - 1
-  return stopwatch.measure(run, runs=runs)
+  return stopwatch.measure(run, runs=capacity - length - 1)
+
+
+def _cached_forward(model, chosen):
+  """Returns a function of tokens and the cache, which it overwrites."""
+  graph, state = nnx.split(model)
+
+  @functools.partial(jax.jit, donate_argnums=2)
+  def forward(state, tokens_BT, cache):
+    model = nnx.merge(graph, state)
+    output = model(tokens_BT, cache=cache, options=chosen, with_logits=False)
+    return model.head(output.hidden[:, -1:]), output.cache
+
+  return functools.partial(forward, state)
+
+
+def _unstack(held: cache_lib.LayerCache | None):
+  """Turns the cache of stacked layers into a tuple of one a layer."""
+  if held is None:
+    return None
+  count = held.latent_BSC.shape[0]
+  return tuple(jax.tree.map(lambda x: x[i], held) for i in range(count))
