@@ -83,6 +83,7 @@ class Decoder:
     self.config = model.config
     self._dtype = model.compute_dtype
     graph, self._state = nnx.split(model.unstacked())
+    self._graph = graph
 
     # The old cache is given up, so that a token is written in place.
     @functools.partial(jax.jit, donate_argnums=2)
@@ -92,6 +93,17 @@ class Decoder:
       return model.head(output.hidden[:, -1:])[:, 0], output.cache
 
     self._run = run
+
+  def load(self, model: transformer.Transformer) -> None:
+    """Takes another model's weights; what is compiled serves on.
+
+    Raises:
+      ValueError: if that model has another shape.
+    """
+    graph, state = nnx.split(model.unstacked())
+    if graph != self._graph:
+      raise ValueError("the model's shape is not that of the decoder's model")
+    self._state = state
 
   def empty_cache(self, batch: int, capacity: int) -> cache_lib.Cache:
     """A cache for `batch` sequences of at most `capacity` tokens."""

@@ -84,6 +84,13 @@ class RecipeConfig:
 
   def __post_init__(self):
     top_k, length = self.model.index_top_k, self.measure.length
+    settings = self.measure
+    room = settings.decode_positions[0]
+    if settings.prompt_tokens + settings.new_tokens > room:
+      raise ValueError(
+        f"measure.prompt_tokens={settings.prompt_tokens} and measure.new_tokens="
+        f"{settings.new_tokens} exceed measure.decode_positions[0]={room}"
+      )
     if length < 8 * top_k:
       raise ValueError(
         f"measure.length={length} is below 8 * model.index_top_k={8 * top_k}:"
@@ -161,9 +168,15 @@ def stage_config(
 def data_config(
   config: RecipeConfig, *, seed: int = 0, tokenizer_path: str | None = None
 ) -> pipeline.DataConfig:
-  """The standard library's training side; without a path, a new tokenizer."""
+  """The standard library's training side; without a path, a new tokenizer.
+
+  A batch's rows come from as many streams, each in an order of its own: rows
+  of one stream follow one another in the same file, and would make a batch of
+  a single file's text.
+  """
+  streams = 1 if tokenizer_path is None else config.batch_size
   return pipeline.DataConfig(
-    sources=(sources.SourceConfig(kind="stdlib_train"),),
+    sources=(sources.SourceConfig(kind="stdlib_train"),) * streams,
     sequence_length=config.sequence_length,
     batch_size=config.batch_size,
     seed=seed,

@@ -85,7 +85,10 @@ def summarize(config: config_lib.RecipeConfig, results: Mapping) -> dict:
       name: np.mean(results["mass"]["before"][name], axis=1).tolist()
       for name in report_text.MASS_NAMES
     },
-    "seconds_per_token": results["decode"],
+    "seconds_per_token": {
+      "positions": results["generation"]["positions"],
+      **results["generation"]["seconds"],
+    },
     "tokens": first["tokens"],
     "files": first["rows"],
     "top_k": config.model.index_top_k,

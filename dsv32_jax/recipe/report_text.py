@@ -21,7 +21,7 @@ def text(
     summary: of report.summarize.
     results: of measure.run.
   """
-  samples = results["samples"]
+  generation = results["generation"]
   return "\n".join(
     [
       "# DeepSeek Sparse Attention, small, on real text",
@@ -61,15 +61,15 @@ def text(
       f"Temperature {config.measure.temperature}, top-p"
       f" {config.measure.top_p}. The prompt:",
       "",
-      *_quoted(samples["prompt"]),
+      *_quoted(generation["prompt"]),
       "",
       "With dense attention:",
       "",
-      *_quoted(samples["dense"]),
+      *_quoted(generation["samples"]["dense"]),
       "",
       "With DSA:",
       "",
-      *_quoted(samples["dsa"]),
+      *_quoted(generation["samples"]["dsa"]),
       "",
     ]
   )
