@@ -40,8 +40,10 @@ $(VENV)/constraints-newest.txt: constraints.txt | $(BIN)/python
 quickstart: $(STAMP)
 	$(BIN)/python -m experiments.quickstart --workdir=$(WORKDIR) $(ARGS)
 
+# Tests compile far more than they compute: compile quickly. `test-all` and
+# `parity` compile as programs do.
 test: $(STAMP)
-	$(PYTEST) $(ARGS)
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(PYTEST) $(ARGS)
 
 # Everything, the slowest and the comparisons with other implementations too.
 test-all:

@@ -65,8 +65,8 @@ def one_step(
     mesh_config, jax.devices()[: int(np.prod(list(sizes)))]
   )
   optimizer = optimizer or make_optimizer()
+  model = models.tiny_model(**model_changes)
   with jax.set_mesh(mesh):
-    model = models.tiny_model(**model_changes)
     graph, state = nnx.split(model)
     layout = jax.tree.map(lambda x: x.sharding, sharding.placed(state, mesh))
     model = nnx.merge(graph, jax.device_put(state, layout))
