@@ -88,8 +88,9 @@ class RecipeConfig:
     room = settings.decode_positions[0]
     if settings.prompt_tokens + settings.new_tokens > room:
       raise ValueError(
-        f"measure.prompt_tokens={settings.prompt_tokens} and measure.new_tokens="
-        f"{settings.new_tokens} exceed measure.decode_positions[0]={room}"
+        f"measure.prompt_tokens={settings.prompt_tokens} and"
+        f" measure.new_tokens={settings.new_tokens} exceed"
+        f" measure.decode_positions[0]={room}"
       )
     if length < 8 * top_k:
       raise ValueError(
