@@ -52,7 +52,7 @@ class TrainConfig:
     optimizer: AdamW and its schedule.
     data: mixture, packing, tokenizer.
     steps: optimiser steps of the stage.
-    mesh: devices along each axis.
+    mesh: devices along each axis; by default all along data.
     microbatches: pieces of the batch that go through one after the other.
     remat: what a layer keeps for its backward pass.
     parameter_dtype: storage of the weights.
@@ -70,7 +70,7 @@ class TrainConfig:
   data: pipeline.DataConfig
   steps: int
   mesh: sharding.MeshConfig = dataclasses.field(
-    default_factory=sharding.MeshConfig
+    default_factory=lambda: sharding.MeshConfig(data=-1)
   )
   microbatches: int = 1
   remat: Literal["none", "layer", "save_attention"] = "none"

@@ -6,9 +6,11 @@ import pathlib
 import signal
 
 from flax import nnx
+import jax
 import numpy as np
 import pytest
 
+from dsv32_jax import sharding
 from dsv32_jax.data import pipeline
 from dsv32_jax.data import sources
 from dsv32_jax.data import tokenizer
@@ -32,6 +34,15 @@ def text(tmp_path_factory):
     chosen = generator.choice(words, 200)
     (folder / f"{i}.txt").write_text(" ".join(chosen))
   return folder
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Runs see one of the eight devices."""
+  make_mesh = sharding.make_mesh
+  monkeypatch.setattr(
+    sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1])
+  )
 
 
 def config(text, stage="sparse", steps=6, **changes):
