@@ -5,12 +5,13 @@ python -m experiments.benchmark --workdir=DIR --only=prefill --lengths=1024
 python -m experiments.benchmark --workdir=DIR --readme=README.md
 
 The 65M model of dsv32_jax/model/presets.py with random weights, written once
-as a checkpoint that both sides load; float32. Before anything is timed both
-run the same tokens: selections must agree and logits match. Each row is a
-process of its own, so that memory is its own too. Results are JSON lines in
-DIR/benchmark.jsonl, the last one of a row counts; --readme prints their table
-between two markers of that file and measures nothing. Needs the `parity`
-extra, Linux, and about 25 minutes.
+as a checkpoint that both sides load; float32. The job `parity` comes first:
+both run the same tokens, selections must agree and logits match, or the
+program stops. Then `prefill`, `train`, `decode`, and `parts` of a layer. Each
+row is a process of its own, so that memory is its own too. Results are JSON
+lines in DIR/benchmark.jsonl, the last one of a row counts; --readme prints
+their table between two markers of that file and measures nothing. Needs the
+`parity` extra, Linux, and about half an hour.
 """
 
 import json
@@ -51,6 +52,7 @@ def rows(threads: int):
         job=job, side=side, variant=variant, length=length, threads=threads
       )
 
+  yield from row("parity", "both", "", PARITY_LENGTH)
   prefill, train = (1024, 2048, 4096, 8192, LONGEST), (2048, 4096)
   decode = (4096, 8192)
   for variant in ("default", "dense", "expanded", "gathered"):
@@ -72,7 +74,7 @@ def wanted(row) -> bool:
   return (
     (not _ONLY.value or row["job"] in _ONLY.value)
     and (not _LENGTHS.value or str(row["length"]) in _LENGTHS.value)
-    and (not _SIDES.value or row["side"] in _SIDES.value)
+    and (not _SIDES.value or row["side"] in (*_SIDES.value, "both"))
   )
 
 
@@ -144,11 +146,9 @@ def main(argv):
     return
   workdir.mkdir(parents=True, exist_ok=True)
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
-  parity = dict(job="parity", side="both", variant="", length=PARITY_LENGTH)
-  parity["threads"] = _THREADS.value
   chosen = [row for row in rows(_THREADS.value) if wanted(row)]
   with open(results, "a", encoding="utf-8") as file:
-    for row in tqdm.tqdm([parity, *chosen], unit="row"):
+    for row in tqdm.tqdm(chosen, unit="row"):
       found = run(row, workdir) | benchmark_table.machine()
       print(json.dumps(found), file=file, flush=True)
       tqdm.tqdm.write(benchmark_table.line(found))

@@ -28,19 +28,22 @@ def measure(model, token_ids, length: int, variant: str) -> dict:
     variant: `all`, or the name of one part.
 
   Returns:
-    `milliseconds` by part, and stopwatch's peak_rss_bytes.
+    `milliseconds` and `cpu_milliseconds` (of all threads) by part, and
+    stopwatch's peak_rss_bytes.
   """
   graph, state = nnx.split(model.moe_layers)
   block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
   x_BTD = model.embed(token_ids[:, :length], jnp.float32) * 50
   parts = dict(_parts(model, block, x_BTD))
   chosen = parts if variant == "all" else {variant: parts[variant]}
-  milliseconds, found = {}, {}
+  milliseconds, cpu_milliseconds, found = {}, {}, {}
   for name, run in chosen.items():
     found = stopwatch.measure(run, runs=3, budget=10)
     milliseconds[name] = 1000 * found["seconds"]
+    cpu_milliseconds[name] = 1000 * found["cpu_seconds"]
   return {
     "milliseconds": milliseconds,
+    "cpu_milliseconds": cpu_milliseconds,
     "peak_rss_bytes": found["peak_rss_bytes"],
   }
 

@@ -193,11 +193,11 @@ def _about(latest) -> str:
     f" {versions}, {last['date']}; `python -m experiments.benchmark`."
   )
   parity = [row for row in latest.values() if row["job"] == "parity"]
-  if parity:
-    text += (
-      f" At {parity[0]['length']} tokens the logits differ by"
-      f" {parity[0]['error']:.0e} of the largest,"
-      f" {parity[0]['rows_that_differ']} of {parity[0]['rows']} selections by"
-      " a tie."
-    )
-  return text
+  if not parity:
+    raise ValueError("no result of the job parity: times of what?")
+  return text + (
+    f" At {parity[0]['length']} tokens the logits differ by"
+    f" {parity[0]['error']:.0e} of the largest,"
+    f" {parity[0]['rows_that_differ']} of {parity[0]['rows']} selections by"
+    " a tie."
+  )

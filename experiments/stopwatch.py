@@ -18,20 +18,23 @@ def measure(
     budget: seconds after which no further run starts; one always does.
 
   Returns:
-    `seconds` (median), `runs` (each), `first_seconds` (the warm-up,
-    compilation included) and `peak_rss_bytes` of the process so far.
+    `seconds` (median), `runs` (each), `cpu_seconds` (median of all threads),
+    `first_seconds` (the warm-up, compilation included) and `peak_rss_bytes`
+    of the process so far.
   """
   began = time.perf_counter()
   run()
   first = time.perf_counter() - began
-  times = []
+  times, busy = [], []
   while len(times) < runs and (not times or sum(times) < budget):
-    began = time.perf_counter()
+    began, busy_before = time.perf_counter(), time.process_time()
     run()
     times.append(time.perf_counter() - began)
+    busy.append(time.process_time() - busy_before)
   return {
     "seconds": statistics.median(times),
     "runs": times,
+    "cpu_seconds": statistics.median(busy),
     "first_seconds": first,
     "peak_rss_bytes": peak_rss_bytes(),
   }
