@@ -23,24 +23,33 @@ def run_stages(config: config_lib.RecipeConfig, workdir: str) -> None:
     ValueError: if the folder holds another recipe.
     run.Stopped: after a SIGTERM, once the state is saved.
   """
-  claim_folder(config, workdir)
   make_tokenizer(config, workdir)
-  for number, name in enumerate(config_lib.STAGES, start=1):
-    if record.exists(workdir, name):
-      continue
-    start = time.perf_counter()
-    stage = config_lib.stage_config(config, name, workdir)
-    title = f"{number}/{len(config_lib.STAGES)} {config_lib.STAGES[name][1]}"
-    loop.train(stage, os.path.join(workdir, name), title=title)
-    record.write(
-      workdir,
-      name,
-      {
-        "steps": stage.steps,
-        "tokens": stage.steps * config.batch_size * config.sequence_length,
-      },
-      seconds=time.perf_counter() - start,
-    )
+  for name in config_lib.STAGES:
+    run_stage(config, workdir, name)
+
+
+def run_stage(config: config_lib.RecipeConfig, workdir: str, name: str) -> None:
+  """Trains one of config.STAGES; the tokenizer and the one before are done.
+
+  Raises:
+    ValueError: if the folder holds another recipe.
+    run.Stopped: after a SIGTERM, once the state is saved.
+  """
+  claim_folder(config, workdir)
+  if record.exists(workdir, name):
+    return
+  start = time.perf_counter()
+  stage = config_lib.stage_config(config, name, workdir)
+  number = 1 + list(config_lib.STAGES).index(name)
+  title = f"{number}/{len(config_lib.STAGES)} {config_lib.STAGES[name][1]}"
+  loop.train(stage, os.path.join(workdir, name), title=title)
+  tokens = stage.steps * config.batch_size * config.sequence_length
+  record.write(
+    workdir,
+    name,
+    {"steps": stage.steps, "tokens": tokens},
+    seconds=time.perf_counter() - start,
+  )
 
 
 def claim_folder(config: config_lib.RecipeConfig, workdir: str) -> None:
@@ -70,7 +79,12 @@ def claim_folder(config: config_lib.RecipeConfig, workdir: str) -> None:
 def make_tokenizer(
   config: config_lib.RecipeConfig, workdir: str
 ) -> tokenizer_lib.Tokenizer:
-  """Trains the tokenizer on the training files, unless it is there."""
+  """Trains the tokenizer on the training files, unless it is there.
+
+  Raises:
+    ValueError: if the folder holds another recipe.
+  """
+  claim_folder(config, workdir)
   path = os.path.join(workdir, config_lib.TOKENIZER_FILE)
   if not os.path.exists(path):
     start = time.perf_counter()
