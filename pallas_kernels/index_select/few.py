@@ -49,18 +49,19 @@ def select(
 def _scores(query_BTIK, key_BPK, weight_BTI, scale_BP):
   """Returns float32 scores [B,T,P] with -0.0 as 0.0."""
   batch, queries, heads, width = query_BTIK.shape
-  dot_BTIP = jnp.einsum(
-    "BXK,BPK->BXP",
-    query_BTIK.astype(jnp.float32).reshape(batch, queries * heads, width),
+  # Few rows against many: the keys go first, as the operand that streams.
+  dot_BPTI = jnp.einsum(
+    "BPK,BXK->BPX",
     key_BPK.astype(jnp.float32),
+    query_BTIK.astype(jnp.float32).reshape(batch, queries * heads, width),
     precision=lax.Precision.HIGHEST,
-  ).reshape(batch, queries, heads, -1)
+  ).reshape(batch, -1, queries, heads)
   weight_BTI = weight_BTI.astype(jnp.float32)
   terms = [
-    jnp.maximum(dot_BTIP[:, :, i], 0.0) * weight_BTI[:, :, i, None]
+    jnp.maximum(dot_BPTI[..., i], 0.0) * weight_BTI[:, None, :, i]
     for i in range(heads)
   ]
-  score_BTP = functools.reduce(operator.add, terms)
+  score_BTP = jnp.swapaxes(functools.reduce(operator.add, terms), 1, 2)
   if scale_BP is not None:
     score_BTP = score_BTP * scale_BP[:, None]
   return jnp.where(score_BTP == 0.0, 0.0, score_BTP)

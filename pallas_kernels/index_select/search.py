@@ -20,11 +20,11 @@ from pallas_kernels import tiles
 from pallas_kernels.index_select import order
 
 MAX_LEVELS = 8
-TILE = 512
+TILE = 256
 
 
 class Block(NamedTuple):
-  """Rows of keys, of which those from `num_tiles` tiles of 512 on are unset."""
+  """Rows of keys, of which those from `num_tiles` tiles of 256 on are unset."""
 
   ordered_CP: jax.Array
   num_tiles: jax.Array

@@ -9,10 +9,10 @@ Queries go in chunks of 16 to 64, so that a chunk's scores stay in the cache:
 - Selection: `search.best` finds a threshold for each row.
 One or two queries, as in decoding, go another way: `few`.
 
-Memory a step: [C,S] int32 and, for 8 heads, tiles [8,C,512] of float32.
+Memory a step: [C,S] int32 and, for 8 heads, tiles [8,C,256] of float32.
 """
 # B batch, T queries, S keys, I index heads, K index width, C queries of a
-# chunk, P padded keys, W words of 32 keys, Z keys of a tile, N groups of G heads
+# chunk, P padded keys, W words of 32 keys, Z keys of a tile, N groups of heads
 
 import functools
 from typing import NamedTuple

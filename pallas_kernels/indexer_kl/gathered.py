@@ -70,7 +70,7 @@ def _row(chunk, arrays, keys):
     if gradients is None:
       return key_gradient_SK, (kl_C, None)
     query_CIK, rows_CNK, weight_CI = gradients
-    # Row 0 of the list is no key, so that its gradient falls off the array.
+    # A place of 0 is no key: its gradient falls off the array's end.
     index_CN = jnp.where(own[5] > 0, own[5] - 1, key_gradient_SK.shape[0])
     key_gradient_SK = key_gradient_SK.at[index_CN].add(rows_CNK, mode="drop")
     return key_gradient_SK, (kl_C, (query_CIK, weight_CI))
@@ -88,10 +88,9 @@ def _row(chunk, arrays, keys):
 
 
 def _chunk(own, keys):
-  """Returns kl_C and, given cotangents, (query_CIK, key rows_CNK, weight_CI)."""
-  query_CIK, weight_CI, latent_CHL, rope_CHR, lse_CH, place_CN, cotangent_C = (
-    own
-  )
+  """Returns kl_C and, given cotangents, gradients (query, key rows, weight)."""
+  query_CIK, weight_CI, *attention, lse_CH, place_CN, cotangent_C = own
+  latent_CHL, rope_CHR = attention
   seen_CN = place_CN > 0
   index_CN = jnp.maximum(place_CN - 1, 0)
   key_CNK, key_latent_CNL, key_rope_CNR = (

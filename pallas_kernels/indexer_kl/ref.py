@@ -1,4 +1,4 @@
-"""The definition of the indexer's KL loss, dense (eq. 3) and gathered (eq. 4)."""
+"""The definition of the indexer's KL loss, over all or over listed keys."""
 # B batch, T queries, S keys, I index heads, K index width, H attention heads,
 # G key heads (H or 1), Q query width, C latent, R rope width, N selected keys
 

@@ -7,12 +7,13 @@ key (a dynamic trip count). For each chunk:
    the keys outside the set.
 2. Reduce them: with M = sum m and Z = log-sum-exp(score),
    kl = (sum m log m - sum m score) / M - log M + Z.
-3. Only for a gradient: dkl/dscore = softmax(score) - m / M, called `slope`. With
-   gate = [q_i . k > 0] and u_i = sum_s slope gate_i k_s,
-   dkl/dq_i = w_i u_i, dkl/dw_i = q_i . u_i, dkl/dk_s = sum_i slope gate_i w_i q_i:
+3. Only for a gradient: the slope dkl/dscore = softmax(score) - m / M. With
+   gate_i = [q_i . k > 0] and u_i = sum_s slope gate_i k_s,
+   dkl/dq_i = w_i u_i, dkl/dw_i = q_i . u_i and
+   dkl/dk_s = sum_i slope gate_i w_i q_i:
    two matrix products on one gated block, and no reduction along keys.
 
-Memory a step: two float blocks [64,S] and, for 8 heads, tiles [8,64,512].
+Memory a step: two float blocks [64,S] and, for 8 heads, tiles [8,64,256].
 """
 # B batch, T queries, S keys, I index heads, K index width, H attention heads,
 # Q query width, C queries of a chunk, P padded keys, Z keys of a tile, N groups
@@ -30,7 +31,7 @@ from pallas_kernels import bitmask
 from pallas_kernels import tiles
 
 CHUNK = 64
-TILE = 512
+TILE = 256
 
 
 class _Keys(NamedTuple):
