@@ -77,7 +77,7 @@ def main(argv):
   path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
   for name, values in found.items():
     print(
-      f"{name}: {values['loss']:.4f} +- {values['interval']:.4f} nats a token,"
+      f"{name}: {values['loss']:.4f} nats a token,"
       f" accuracy {values['accuracy']:.2%}, {values['tokens']} tokens"
     )
   print(path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import math
 from typing import Literal
 
 from flax import nnx
@@ -99,7 +100,7 @@ def evaluate(
 
   Returns:
     By selection: loss (nats a token), perplexity, accuracy, tokens, rows, and
-    interval (half of the loss's 95% interval over rows).
+    from two rows up interval (half of the loss's 95% interval over rows).
 
   Raises:
     ValueError: if the tokenizer does not fit the model.
@@ -126,5 +127,7 @@ def evaluate(
     )
     real_R = scores.mask_RT.any(axis=1)
     _, interval = held_out.mean_and_interval(scores.row_losses()[real_R])
-    found[name] = scores.summary() | {"interval": interval}
+    found[name] = scores.summary() | {"rows": int(real_R.sum())}
+    if math.isfinite(interval):
+      found[name]["interval"] = interval
   return found

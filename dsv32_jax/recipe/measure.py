@@ -95,6 +95,11 @@ class Rows:
         self._config.measure.length,
         max_rows=self._config.measure.rows,
       )
+      if len(self._tokens_RT) < 2:
+        raise ValueError(
+          f"one held-out file has {self._config.measure.length} tokens: too few"
+          " for an interval"
+        )
     return self._tokens_RT
 
 

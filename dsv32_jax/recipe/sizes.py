@@ -22,7 +22,7 @@ def full() -> config.RecipeConfig:
     warmup_steps=60,
     sparse_steps=60,
     measure=config.MeasureConfig(
-      length=512, rows=64, decode_positions=(256, 1024, 4096)
+      length=512, rows=96, decode_positions=(256, 1024, 4096)
     ),
   )
 
