@@ -143,12 +143,11 @@ def _forward_block(blocked, sizes, block):
     jnp.zeros((*rows_GPT, width), jnp.float32),
   )
   top_GPT, sum_GPT, out_GPTV = _over_tiles(blocked, sizes, block, step, carry)
-  seen_GPT = sum_GPT > 0.0
   # NaN scores must stay NaN: only an exact zero means that nothing was seen.
   empty_GPT = sum_GPT == 0.0
-  out_GPTV = out_GPTV / jnp.where(empty_GPT, 1.0, sum_GPT)[..., None]
-  lse_GPT = top_GPT + jnp.log(jnp.where(seen_GPT, sum_GPT, 1.0))
-  return out_GPTV, jnp.where(empty_GPT, -jnp.inf, lse_GPT)
+  safe_GPT = jnp.where(empty_GPT, 1.0, sum_GPT)
+  lse_GPT = jnp.where(empty_GPT, -jnp.inf, top_GPT + jnp.log(safe_GPT))
+  return out_GPTV / safe_GPT[..., None], lse_GPT
 
 
 def _backward_block(blocked, sizes, carry, block, extra):
