@@ -12,7 +12,6 @@ from typing import NamedTuple
 from flax import nnx
 import hypothesis
 from hypothesis import strategies
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ import transformers
 from dsv32_jax import weights
 from dsv32_jax.evals import agreement
 from dsv32_jax.evals import replaying
-from dsv32_jax.model import cache as cache_lib
+from dsv32_jax.generation import sample
 from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import transformer
 from dsv32_jax.weights import hf_config
@@ -187,28 +186,29 @@ def save_pretrained(case: Case, path):
   model.save_pretrained(path)
 
 
-def compare(case: Case, path) -> tuple[int, int, float]:
-  """Compares one checkpoint.
+class Comparison(NamedTuple):
+  """Rows whose selections differ by a tie, rows, and the logits' error."""
 
-  Returns:
-    Rows whose selections differ by a tie, rows, and the logits' error.
-  """
-  tokens_BT = case.tokens()
-  peer = transformers_peer.load(path)
+  differ: int
+  rows: int
+  error: float
+
+
+def compare(model, peer, tokens_BT) -> Comparison:
+  """Compares one forward; selections that differ by a tie are replayed."""
   logits_BTV, mask_LBTT = transformers_peer.forward(peer, tokens_BT)
-  model = weights.load_hf(path)
-  assert model.config.index_top_k == case.config.index_top_k
   forward = replaying.replaying_forward(model)
   got = forward(tokens_BT)
   if not np.array_equal(got.selected_LBTT, mask_LBTT):
     got = forward(tokens_BT, mask_LBTT)
   found = agreement.selections_agree(
-    got.scores_LBTT, got.selected_LBTT, mask_LBTT, case.config.index_top_k
+    *(got.scores_LBTT, got.selected_LBTT, mask_LBTT),
+    model.config.index_top_k,
   )
-  assert not found.disagrees_X.any(), case
+  assert not found.disagrees_X.any()
   error = comparison.relative_error(got.logits_BTV, logits_BTV)
-  assert error <= TOLERANCE, (error, case)
-  return int(found.differs_X.sum()), found.differs_X.size, error
+  assert error <= TOLERANCE
+  return Comparison(int(found.differs_X.sum()), found.differs_X.size, error)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -238,7 +238,10 @@ def test_random_configurations(
   def check(case):
     path = tmp_path_factory.mktemp("checkpoint")
     write(case, path)
-    results.append(compare(case, path))
+    model = weights.load_hf(path)
+    assert model.config.index_top_k == case.config.index_top_k
+    peer = transformers_peer.load(path)
+    results.append(compare(model, peer, case.tokens()))
 
   check()
   differ, rows, errors = zip(*results)
@@ -250,48 +253,46 @@ def test_random_configurations(
   )
 
 
-def decode_greedily(model, prompt_BT, num_tokens: int) -> np.ndarray:
-  """Prefills the prompt and decodes through the cache."""
+def decode_greedily(decoder, prompt_BT, capacity: int) -> np.ndarray:
+  """Prefills the prompt and decodes until the cache is full."""
   batch, length = prompt_BT.shape
-  unstacked = model.unstacked()
-  graph, state = nnx.split(unstacked)
-  cache = cache_lib.empty_cache(
-    model.config, batch, length + num_tokens, stacked=False
-  )
-
-  @jax.jit
-  def step(state, tokens_BT, cache):
-    output = nnx.merge(graph, state)(tokens_BT, cache=cache)
-    return jnp.argmax(output.logits[:, -1:], axis=-1), output.cache
-
-  tokens_B1, cache = step(state, jnp.asarray(prompt_BT), cache)
-  tokens = [np.asarray(tokens_B1)]
-  for _ in range(num_tokens - 1):
-    tokens_B1, cache = step(state, tokens_B1, cache)
-    tokens.append(np.asarray(tokens_B1))
-  return np.concatenate(tokens, axis=1)
+  cache = decoder.empty_cache(batch, capacity)
+  tokens_BT, decoded = jnp.asarray(prompt_BT), []
+  for _ in range(length, capacity):
+    logits_BV, cache = decoder(tokens_BT, cache)
+    tokens_BT = jnp.argmax(logits_BV, axis=-1)[:, None]
+    decoded.append(np.asarray(tokens_BT))
+  return np.concatenate(decoded, axis=1)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("checkpoint", ["tiny_bf16", "tiny_fp8"])
-@pytest.mark.parametrize("prompt_length", [1, 40])
-def test_greedy_decode(oracle_folder, tmp_path, checkpoint, prompt_length):
+def test_greedy_decode(oracle_folder, tmp_path, checkpoint):
   model = weights.load_hf(oracle_folder / checkpoint)
   # Exported, because transformers misreads a partial block of 128 rows.
   weights.save_hf(model, tmp_path / "float32", dtype=jnp.float32)
-  generator = np.random.default_rng(prompt_length)
-  shape = (2, prompt_length)
-  prompt_BT = generator.integers(2, model.config.vocab_size, shape, np.int32)
-  num_tokens = 24
   peer = transformers_peer.load(tmp_path / "float32")
   peer.generation_config.eos_token_id = None
-  theirs = peer.generate(
-    torch.from_numpy(prompt_BT).long(),
-    attention_mask=torch.ones(shape, dtype=torch.long),
-    do_sample=False,
-    max_new_tokens=num_tokens,
-    pad_token_id=0,
-  )
-  ours = decode_greedily(model, prompt_BT, num_tokens)
-  np.testing.assert_array_equal(ours, theirs[:, prompt_length:].numpy())
+  decoder = sample.Decoder(model, model.default_options())
+  # Several times top-k, and beyond YaRN's original length of 32.
+  capacity = 64
+  for length in (1, 40):
+    generator = np.random.default_rng(length)
+    shape = (2, length)
+    prompt_BT = generator.integers(2, model.config.vocab_size, shape, np.int32)
+    theirs = peer.generate(
+      torch.from_numpy(prompt_BT).long(),
+      attention_mask=torch.ones(shape, dtype=torch.long),
+      do_sample=False,
+      max_new_tokens=capacity - length,
+      pad_token_id=0,
+    )
+    theirs_BT = theirs.numpy().astype(np.int32)
+    ours_BT = decode_greedily(decoder, prompt_BT, capacity)
+    wrong_T = (ours_BT != theirs_BT[:, length:]).any(axis=0)
+    if wrong_T.any():
+      # With few index heads a tie may send the two apart, and only a tie.
+      assert model.config.index_heads < 8
+      same = length + int(wrong_T.argmax())
+      assert compare(model, peer, theirs_BT[:, :same]).differ
