@@ -37,7 +37,7 @@ def test_mean_attention_of_a_block():
 
 @pytest.fixture(scope="module")
 def measured():
-  model = models.tiny_model()
+  model = models.tiny_model(num_layers=2, num_mtp_layers=0)
   tokens = np.asarray(models.random_tokens((3, 32), seed=1))
   selectors = {
     "dsa": selection.TopK(TOP_K),

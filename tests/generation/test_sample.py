@@ -45,7 +45,8 @@ def test_bad_sampling(changes):
 
 @pytest.fixture(scope="module")
 def model():
-  return models.tiny_model()
+  # One layer: an unstacked layer is compiled for each.
+  return models.tiny_model(num_layers=1, num_dense_layers=0, num_mtp_layers=0)
 
 
 @pytest.mark.parametrize("select", [selection.DENSE, selection.TopK(6)])
@@ -57,9 +58,10 @@ def test_greedy_decoding_equals_whole_forwards(model, select):
   got = sample.generate(decoder, prompt, num_tokens=5, sampling=greedy)
   sequence = np.zeros((1, 16), np.int32)
   sequence[0, :11] = prompt
+  forward = jax.jit(lambda tokens: model(tokens, options=options).logits)
   for place in range(11, 16):
     # Later tokens are not seen.
-    logits = model(sequence, options=options).logits
+    logits = forward(sequence)
     sequence[0, place] = int(np.argmax(logits[0, place - 1]))
   assert got == sequence[0, 11:].tolist()
   eos = got[1]
@@ -82,7 +84,7 @@ def test_prompts_that_do_not_fit(model):
 
 def test_time_per_token(model):
   decoder = sample.Decoder(model, model.default_options())
-  seconds = decode_time.time_per_token(decoder, [16, 24], num_tokens=2)
-  assert len(seconds) == 2 and all(0 < value < 60 for value in seconds)
+  seconds = decode_time.time_per_token(decoder, [16], num_tokens=2)
+  assert len(seconds) == 1 and all(0 < value < 60 for value in seconds)
   with pytest.raises(ValueError, match="position=4 must exceed"):
     decode_time.time_per_token(decoder, [4], num_tokens=2)
