@@ -92,7 +92,9 @@ def _attention_parts(config, select, projected, keys, sight, index):
     options = attention.AttentionOptions(
       select=selection.DENSE if dense else select
     )
-    chosen = keys["indices" if form == "gathered" else "mask"]
+    chosen = None
+    if not dense:
+      chosen = keys["indices" if form == "gathered" else "mask"]
 
     def attend(projected, chosen, options=options, form=form):
       return attention.attend(
@@ -101,10 +103,32 @@ def _attention_parts(config, select, projected, keys, sight, index):
         scale=config.softmax_scale,
       )[0]
 
+    def gradient(projected, chosen, attend=attend):
+      return jax.grad(lambda p: jnp.sum(attend(p, chosen)))(projected)
+
+    yield f"attention_{form}", _timed_plain(attend, projected, chosen)
     yield (
-      f"attention_{form}",
-      _timed_plain(attend, projected, None if dense else chosen),
+      f"attention_{form}_gradient",
+      _timed_plain(gradient, projected, chosen),
     )
+  yield from _loss_parts(config, select, projected, keys, sight, index)
+
+
+def _loss_parts(config, select, projected, keys, sight, index):
+  """Attention with the indexer's KL and its gradient to the indexer."""
+  for form in ("expanded", "gathered"):
+    options = attention.AttentionOptions(select=select, indexer_loss=True)
+    chosen = keys["indices" if form == "gathered" else "mask"]
+
+    def loss(index, projected, chosen, options=options, form=form):
+      kl_BT = attention.attend(
+        *(options, form, projected, chosen, sight, index, index.key_BTK),
+        scale=config.softmax_scale,
+      )[1]
+      return jnp.sum(kl_BT)
+
+    run = _timed_plain(jax.grad(loss), index, projected, chosen)
+    yield f"attention_{form}_and_kl_gradient", run
 
 
 def _ffn_parts(model, block, x_BTD):
@@ -129,6 +153,10 @@ def _ffn_parts(model, block, x_BTD):
   yield "attention_output", _timed(output, block.attention, values_BTHV)
   yield "router", _timed(route, ffn, normed_BTD)
   yield "routed_experts", _timed(experts, ffn, normed_BTD, routing)
+  yield (
+    "routed_experts_gradient",
+    _timed_gradient(experts, ffn, normed_BTD, routing),
+  )
   yield "shared_expert", _timed(lambda m, x: m(x), ffn.shared, normed_BTD)
   yield "head", _timed(lambda m, x: m(x), model.head, normed_BTD)
 
@@ -145,6 +173,16 @@ def _timed(function, module, *args) -> Callable[[], Any]:
     lambda state, *args: function(nnx.merge(graph, state), *args)
   )
   return lambda: jax.block_until_ready(compiled(state, *args))
+
+
+def _timed_gradient(function, module, *args) -> Callable[[], Any]:
+  """As _timed, of the gradient to the module's parameters and inputs."""
+  graph, trained, rest = nnx.split(module, nnx.Param, ...)
+
+  def loss(trained, x_BTD, *args):
+    return jnp.sum(function(nnx.merge(graph, trained, rest), x_BTD, *args))
+
+  return _timed_plain(jax.grad(loss, argnums=(0, 1)), trained, *args)
 
 
 def _timed_plain(function, *args) -> Callable[[], Any]:
