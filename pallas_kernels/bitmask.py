@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 BITS = 32
+# Into how many parts a row of words is cut to find the n-th set bit.
+PARTS = 16
 
 
 def num_words(num_keys):
@@ -61,8 +63,8 @@ def to_indices(mask_BTW, num_selected, num_keys):
   """Lists the set bits of uint32 [B,T,W] as int32 [B,T,num_selected].
 
   Indices ascend and are padded with -1; bits past the first `num_selected` are
-  left out. A running count of bits finds the word of the n-th set bit by binary
-  search, and five halvings of that word find the bit.
+  left out. A search in the running count of bits finds the word of the n-th set
+  bit, and five halvings of that word find the bit.
   """
   _check_words(mask_BTW, num_keys)
   count_BTW = jax.lax.population_count(mask_BTW).astype(jnp.int32)
@@ -73,25 +75,38 @@ def to_indices(mask_BTW, num_selected, num_keys):
     (*mask_BTW.shape[:-1], num_selected),
   )
   word_BTN = _last_at_most(before_BTW, rank_BTN)
-  bits_BTN = jnp.take_along_axis(mask_BTW, word_BTN, axis=-1)
-  rank_in_word_BTN = rank_BTN - jnp.take_along_axis(
-    before_BTW, word_BTN, axis=-1
-  )
+  bits_BTN = _take(mask_BTW, word_BTN)
+  rank_in_word_BTN = rank_BTN - _take(before_BTW, word_BTN)
   index_BTN = word_BTN * BITS + _nth_set_bit(bits_BTN, rank_in_word_BTN)
   return jnp.where(rank_BTN < total_BT1, index_BTN, -1)
 
 
 def _last_at_most(ascending_BTW, value_BTN):
-  """Returns the last w with ascending[w] <= value; ascending[0] <= value."""
+  """Returns the last w with ascending[w] <= value; ascending[0] <= value.
+
+  Comparisons with every 16th part of the row vectorise, gathers do not: so the
+  part is found by counting, and only the place in it by binary search.
+  """
   words = ascending_BTW.shape[-1]
-  position_BTN = jnp.zeros_like(value_BTN)
-  step = 1 << max(words - 1, 0).bit_length()
-  while step:
-    next_BTN = jnp.minimum(position_BTN + step, words - 1)
-    found_BTN = jnp.take_along_axis(ascending_BTW, next_BTN, axis=-1)
-    position_BTN = jnp.where(found_BTN <= value_BTN, next_BTN, position_BTN)
-    step //= 2
+  stride = -(-words // PARTS)
+  starts = range(0, words, stride)
+  found_BTN = [ascending_BTW[..., i : i + 1] <= value_BTN for i in starts]
+  part_BTN = sum(x.astype(jnp.int32) for x in found_BTN) - 1
+  position_BTN = part_BTN * stride
+  for bit in reversed(range((stride - 1).bit_length())):
+    next_BTN = jnp.minimum(position_BTN + (1 << bit), words - 1)
+    next_value_BTN = _take(ascending_BTW, next_BTN)
+    position_BTN = jnp.where(
+      next_value_BTN <= value_BTN, next_BTN, position_BTN
+    )
   return position_BTN
+
+
+def _take(x_BTW, index_BTN):
+  """Gathers along the last axis; indices are in bounds."""
+  return jnp.take_along_axis(
+    x_BTW, index_BTN, axis=-1, mode="promise_in_bounds"
+  )
 
 
 def _nth_set_bit(bits, rank):

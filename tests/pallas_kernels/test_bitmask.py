@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels import bitmask
 
-SIZES = [1, 31, 32, 33, 100, 257]
+SIZES = [1, 31, 32, 33, 100, 257, 1500]
 
 
 def random_mask(num_keys, density=0.3, seed=0):
