@@ -202,15 +202,19 @@ def choose_form(options: AttentionOptions, num_queries: int, num_keys: int):
   sparse = options.select != selection_lib.DENSE
   if num_queries <= ABSORBED_QUERIES:
     return "gathered" if sparse else "absorbed"
-  if sparse and num_keys > GATHERED_CROSSOVER * options.select.k:
+  selected = options.select.k if sparse else num_keys
+  if num_keys >= max(GATHERED_KEYS, GATHERED_CROSSOVER * selected):
     return "gathered"
   return "expanded"
 
 
 # Queries up to which the latent forms win: they skip expanding S keys.
 ABSORBED_QUERIES = 8
-# Keys per selected key beyond which gathering beats masking on a CPU.
-GATHERED_CROSSOVER = 256
+# Keys from which gathering wins on a CPU, and that many for each selected one:
+# measured on the 65M model, where it costs 40 us a query at any length and the
+# masked form 35 at 1024 keys, 80 at 4096 and 145 at 8192.
+GATHERED_KEYS = 2048
+GATHERED_CROSSOVER = 12
 
 
 def select(options, form, index, index_key_BSK, sight, *, layer, replay):
