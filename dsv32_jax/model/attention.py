@@ -232,11 +232,15 @@ def select(options, form, index, index_key_BSK, sight, *, layer, replay):
   Returns:
     A Selection, or None where every visible key is selected.
   """
+  want_indices = form == "gathered"
   if replay is not None:
-    return selection_lib.from_replay(replay, num_keys=index_key_BSK.shape[1])
+    return selection_lib.from_replay(
+      replay,
+      num_keys=index_key_BSK.shape[1],
+      want_indices=options.select.k if want_indices else None,
+    )
   if options.select == selection_lib.DENSE:
     return None
-  want_indices = form == "gathered"
 
   def choose(query, weight, slots, query_segments, key, key_segments, layer):
     chosen = options.select(

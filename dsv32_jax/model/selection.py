@@ -170,11 +170,21 @@ def window_mask(slots_BT, window: int, num_keys: int):
   return bits_below(slots_BT + 1) & ~bits_below(first_BT)
 
 
-def from_replay(replayed, *, num_keys: int) -> Selection:
-  """Makes a selection of recorded words (uint32) or indices (int32)."""
-  if replayed.dtype == jnp.uint32:
-    return Selection(replayed, None, None)
-  return Selection(bitmask.from_indices(replayed, num_keys), replayed, None)
+def from_replay(replayed, *, num_keys: int, want_indices: int | None):
+  """Makes a Selection of recorded words (uint32) or indices (int32).
+
+  Args:
+    replayed: [B,T,W] words or [B,T,N] indices.
+    num_keys: keys S.
+    want_indices: the most keys a row has, where indices are wanted; else None.
+  """
+  is_mask = replayed.dtype == jnp.uint32
+  if want_indices is None:
+    mask = replayed if is_mask else bitmask.from_indices(replayed, num_keys)
+    return Selection(mask, None, None)
+  if is_mask:
+    replayed = bitmask.to_indices(replayed, want_indices, num_keys)
+  return Selection(None, replayed, None)
 
 
 def _select(query_BTIK, key_BSK, weight_BTI, sight, *, top_k, want_indices):

@@ -143,8 +143,11 @@ def test_replay_repeats_what_was_recorded(model, tokens, form):
   router[...] = -router[...] * 3
   query = other.moe_layers.attention.indexer.query
   query[...] = -query[...]
-  again = other(tokens, options=chosen, replay=replay)
-  close(again.logits, first.logits)
+  for played in ("expanded", "gathered"):
+    again = other(
+      tokens, options=options(selection.TopK(6), form=played), replay=replay
+    )
+    close(again.logits, first.logits)
   without = other(tokens, options=chosen)
   assert np.abs(without.logits - first.logits).max() > 0.01
 
