@@ -19,3 +19,13 @@ os.environ.setdefault(
 # Most programs of the tests compile faster than the default limit of a second.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax  # noqa: E402  after the settings above
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+  """Frees what a module compiled: kept, it adds up to gigabytes."""
+  yield
+  jax.clear_caches()
