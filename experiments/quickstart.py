@@ -13,6 +13,7 @@ import os
 import pathlib
 
 from absl import flags
+import jax
 from ml_collections import config_flags
 
 from dsv32_jax import config_files
@@ -36,6 +37,19 @@ _SMOKE = flags.DEFINE_bool(
 )
 
 
+def use_cpu_cores(batch_size: int) -> None:
+  """Makes each core a CPU device, as many as share the batch evenly.
+
+  Programs this small keep one core busy; devices work side by side. Where
+  XLA_FLAGS already says how many devices there are, nothing changes.
+  """
+  if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return
+  cores = os.cpu_count() or 1
+  devices = next(n for n in range(cores, 0, -1) if batch_size % n == 0)
+  jax.config.update("jax_num_cpu_devices", devices)
+
+
 def main(argv):
   del argv
   given = _CONFIG.value
@@ -51,6 +65,7 @@ def main(argv):
     given = config_files.editable(sizes.smoke())
   config = config_files.build(config_lib.RecipeConfig, given)
   workdir = str(common.require_workdir())
+  use_cpu_cores(config.batch_size)
   try:
     train.run_stages(config, workdir)
   except run.Stopped as stopped:

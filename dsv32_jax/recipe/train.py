@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 
 from dsv32_jax import config_files
 from dsv32_jax.data import pipeline
@@ -38,18 +37,13 @@ def run_stage(config: config_lib.RecipeConfig, workdir: str, name: str) -> None:
   claim_folder(config, workdir)
   if record.exists(workdir, name):
     return
-  start = time.perf_counter()
   stage = config_lib.stage_config(config, name, workdir)
   number = 1 + list(config_lib.STAGES).index(name)
   title = f"{number}/{len(config_lib.STAGES)} {config_lib.STAGES[name][1]}"
-  loop.train(stage, os.path.join(workdir, name), title=title)
+  with record.clock(workdir, name):
+    loop.train(stage, os.path.join(workdir, name), title=title)
   tokens = stage.steps * config.batch_size * config.sequence_length
-  record.write(
-    workdir,
-    name,
-    {"steps": stage.steps, "tokens": tokens},
-    seconds=time.perf_counter() - start,
-  )
+  record.write(workdir, name, {"steps": stage.steps, "tokens": tokens})
 
 
 def claim_folder(config: config_lib.RecipeConfig, workdir: str) -> None:
@@ -87,13 +81,6 @@ def make_tokenizer(
   claim_folder(config, workdir)
   path = os.path.join(workdir, config_lib.TOKENIZER_FILE)
   if not os.path.exists(path):
-    start = time.perf_counter()
-    tokenizer = pipeline.make_tokenizer(config_lib.data_config(config))
-    tokenizer.save(path)
-    record.write(
-      workdir,
-      "tokenizer",
-      {"tokens": tokenizer.vocab_size},
-      seconds=time.perf_counter() - start,
-    )
+    with record.clock(workdir, "tokenizer"):
+      pipeline.make_tokenizer(config_lib.data_config(config)).save(path)
   return tokenizer_lib.load(path)

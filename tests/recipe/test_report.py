@@ -114,6 +114,10 @@ def test_records_are_found_once(tmp_path):
   assert record.once(str(tmp_path), "part", find) == {"x": [1.5]}
   assert record.once(str(tmp_path), "part", find) == {"x": [1.5]}
   assert len(calls) == 1
+  before = record.all_seconds(str(tmp_path))["part"]
+  with pytest.raises(KeyError), record.clock(str(tmp_path), "part"):
+    raise KeyError
+  assert record.all_seconds(str(tmp_path))["part"] > before
   assert record.all_seconds(str(tmp_path)).keys() == {"part"}
 
 
