@@ -44,7 +44,8 @@ def line(result: dict) -> str:
   return (
     f"{head}: {1000 * result['seconds']:.0f} ms, first"
     f" {result['first_seconds']:.1f} s, peak"
-    f" {result['peak_rss_bytes'] / 1e9:.2f} GB"
+    f" {result['peak_rss_bytes'] / 1e9:.2f} GB, {result['other_cpus']:.1f}"
+    " CPUs busy elsewhere"
   )
 
 
@@ -192,6 +193,12 @@ def _about(latest) -> str:
     f"65M parameters, float32, {last['threads']} threads of {last['cpu']},"
     f" {versions}, {last['date']}; `python -m experiments.benchmark`."
   )
+  disturbed = max(row.get("other_cpus", 0.0) for row in latest.values())
+  if disturbed > 0.2:
+    text += (
+      f" Other programs kept up to {disturbed:.1f} CPUs busy meanwhile: only"
+      " ratios mean something."
+    )
   parity = [row for row in latest.values() if row["job"] == "parity"]
   if not parity:
     raise ValueError("no result of the job parity: times of what?")
