@@ -27,10 +27,10 @@ _TO = flags.DEFINE_enum(
   None,
   ["orbax", "hf", "hf_fp8"],
   "hf: one type of weights; hf_fp8: what the official checkpoint quantises "
-  "in 8 bits with weight_scale_inv, the rest in --dtype.",
+  "in 8 bits with weight_scale_inv, the rest in --save_dtype.",
 )
-_DTYPE = flags.DEFINE_enum(
-  "dtype",
+_SAVE_DTYPE = flags.DEFINE_enum(
+  "save_dtype",
   None,
   ["float32", "bfloat16"],
   "Type of the weights written. Default: float32 to Orbax, bfloat16 to HF.",
@@ -57,7 +57,7 @@ def main(argv):
     raise ValueError(f"--source={source} has no config.json to convert from")
   weights.check_target(target)
   default = "float32" if _TO.value == "orbax" else "bfloat16"
-  dtype = jnp.dtype(_DTYPE.value or default)
+  dtype = jnp.dtype(_SAVE_DTYPE.value or default)
   mesh = None
   # Devices of a CPU share their memory: nothing to spread.
   if len(jax.devices()) > 1 and jax.default_backend() != "cpu":

@@ -21,12 +21,14 @@ def load(path, *, attention: str = "eager", experts: str = "eager"):
     experts: `eager`, `batched_mm` or `grouped_mm`, the last of which needs
       widths that are multiples of 4.
   """
-  return transformers.DeepseekV32ForCausalLM.from_pretrained(
+  model = transformers.DeepseekV32ForCausalLM.from_pretrained(
     path,
     dtype=torch.float32,
     attn_implementation=attention,
     experts_implementation=experts,
-  ).eval()
+  )
+  # Beside dequantised float8 weights the others may stay bfloat16.
+  return model.float().eval()
 
 
 def forward(model, tokens_BT: np.ndarray):

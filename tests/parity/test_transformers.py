@@ -132,10 +132,12 @@ def fp8_cases(draw):
   values |= dict(
     width=draw(strategies.sampled_from([64, 128, 256])),
     query_latent_width=draw(strategies.sampled_from([40, 128])),
-    num_heads=4,
+    # Heads times value, nope + value and nope + rope: at most one block, or
+    # whole ones.
+    num_heads=draw(strategies.sampled_from([4, 8])),
     nope_width=draw(strategies.sampled_from([16, 48])),
     rope_width=16,
-    value_width=draw(strategies.sampled_from([16, 48, 80])),
+    value_width=16,
     index_heads=8,
     index_width=draw(strategies.sampled_from([16, 32])),
     latent_width=min(config.latent_width, 112),
