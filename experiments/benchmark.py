@@ -27,7 +27,7 @@ import tqdm
 from experiments import benchmark_table
 from experiments import common
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results.")
+common.define_workdir_flag()
 _ONLY = flags.DEFINE_list("only", [], "Jobs to run; none: all of them.")
 _LENGTHS = flags.DEFINE_list("lengths", [], "Lengths to run; none: all.")
 _SIDES = flags.DEFINE_list("sides", [], "ours, transformers; none: both.")
@@ -134,9 +134,9 @@ def run(row, workdir: pathlib.Path) -> dict:
 
 def main(argv):
   del argv
-  if _WORKDIR.value is None:
+  if flags.FLAGS.workdir is None:
     raise ValueError("--workdir is missing")
-  workdir = pathlib.Path(_WORKDIR.value).absolute()
+  workdir = common.require_workdir()
   results = workdir / "benchmark.jsonl"
   if _ROW.value is not None:
     print(json.dumps(in_process(json.loads(_ROW.value), workdir)))
@@ -144,7 +144,6 @@ def main(argv):
   if _README.value is not None:
     benchmark_table.write(results, pathlib.Path(_README.value))
     return
-  workdir.mkdir(parents=True, exist_ok=True)
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
   chosen = [row for row in rows(_THREADS.value) if wanted(row)]
   with open(results, "a", encoding="utf-8") as file:

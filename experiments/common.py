@@ -35,8 +35,14 @@ def define_common_flags() -> None:
   config_flags.DEFINE_config_file(
     "config", None, "File with get_config(), and after a colon its variant."
   )
-  flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
+  define_workdir_flag()
   flags.mark_flags_as_required(["config", "workdir"])
+
+
+def define_workdir_flag() -> None:
+  """Defines --workdir=DIR, unless another program of this process did."""
+  if "workdir" not in flags.FLAGS:
+    flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
 
 
 def require_workdir() -> pathlib.Path:

@@ -20,7 +20,8 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import jax  # noqa: E402  after the settings above
+from absl import flags  # noqa: E402  after the settings above
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -29,3 +30,18 @@ def forget_compiled_programs():
   """Frees what a module compiled: kept, it adds up to gigabytes."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def flags_of_one_test():
+  """Forgets flags that a test defined, and that it marked others required.
+
+  absl keeps one set of flags a process; programs share names in it.
+  """
+  before = {name: list(flags.FLAGS[name].validators) for name in flags.FLAGS}
+  yield
+  for name in list(flags.FLAGS):
+    if name in before:
+      flags.FLAGS[name].validators[:] = before[name]
+    else:
+      delattr(flags.FLAGS, name)

@@ -14,14 +14,6 @@ CONFIG = oracle_checkpoint.tiny_config(
 )
 
 
-@pytest.fixture(autouse=True)
-def flags_of_convert_alone():
-  """Forgets required flags that another program's test defined."""
-  for name in ("config", "workdir"):
-    if name in flags.FLAGS:
-      delattr(flags.FLAGS, name)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
   path = tmp_path_factory.mktemp("source")
