@@ -111,6 +111,8 @@ def _train(model, token_ids, length, variant):
 def _train_step(model, batch, transformation: optax.GradientTransformation):
   graph, state = step_lib.init_state(model, stages.SPARSE, transformation)
   del model
+  # As a run places it: a state that is tied to no device compiles twice.
+  state = jax.device_put(state, jax.devices()[0])
   step = step_lib.make_step(graph, stages.SPARSE, transformation)
 
   def run():
