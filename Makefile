@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: install quickstart test test-all parity lint format clean
+.PHONY: install quickstart test slow test-all parity lint format clean
 
 install: $(STAMP)
 
@@ -44,6 +44,11 @@ quickstart: $(STAMP)
 # `parity` compile as programs do.
 test: $(STAMP)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(PYTEST) $(ARGS)
+
+# The long ones: the quickstart's smoke run, the notebook, every mesh and stage.
+slow: $(STAMP)
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" \
+	  $(PYTEST) -m "slow and not parity" $(ARGS)
 
 # Everything, the slowest and the comparisons with other implementations too.
 test-all:
