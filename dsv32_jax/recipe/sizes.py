@@ -18,9 +18,9 @@ def full() -> config.RecipeConfig:
     ),
     sequence_length=512,
     batch_size=8,
-    pretrain_steps=300,
+    pretrain_steps=240,
     warmup_steps=60,
-    sparse_steps=60,
+    sparse_steps=48,
     measure=config.MeasureConfig(
       length=512, rows=96, decode_positions=(256, 1024, 4096)
     ),

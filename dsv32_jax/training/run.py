@@ -19,6 +19,7 @@ from dsv32_jax.model import transformer
 from dsv32_jax.training import checkpoint as checkpoint_lib
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import optimizer as optimizer_lib
+from dsv32_jax.training import placement
 from dsv32_jax.training import stages
 from dsv32_jax.training import step as step_lib
 
@@ -144,15 +145,14 @@ class Run:
     config = self.config
     with jax.set_mesh(self.mesh):
       newest = self.checkpointer.latest_step()
-      model = self._abstract_model() if newest is not None else self._model()
-      self.graph, state = step_lib.init_state(
-        model, config.stage, _Abstract(self._optimizer, newest is not None)
-      )
-      self.state = state._replace(
-        optimizer=place_optimizer(state.optimizer, state.trained, self.mesh),
-        step=_placed_step(state.step, self.mesh),
-      )
-      start = 0 if newest is None else self._restore()
+      if newest is None:
+        self.graph, self.state = placement.first_state(
+          self._model(), config.stage, self._optimizer, self.mesh
+        )
+        start = 0
+      else:
+        self.graph, self.state = abstract_state(config, self.mesh)
+        start = self._restore()
       self.step = step_lib.make_step(
         self.graph,
         config.stage,
@@ -218,16 +218,6 @@ class Run:
     self.batches.set_state(found.process_notes.encode())
     return found.step
 
-  def _abstract_model(self):
-    config = self.config
-    model = model_checkpoint.abstract_model(
-      config.model,
-      dtype=jnp.dtype(config.parameter_dtype),
-      compute_dtype=jnp.dtype(config.compute_dtype),
-    )
-    graph, state = nnx.split(model)
-    return nnx.merge(graph, sharding.placed(state, self.mesh))
-
   def _model(self):
     """The model a stage begins with: a checkpoint's, or a fresh one."""
     config = self.config
@@ -250,59 +240,19 @@ class Run:
     )
 
 
-class _Abstract:
-  """An optimiser whose fresh state is described only, where asked for."""
-
-  def __init__(self, optimizer, abstract: bool):
-    self._init = optimizer.init
-    self._abstract = abstract
-
-  def init(self, params):
-    """Returns zeros, or their shapes."""
-    if self._abstract:
-      return jax.eval_shape(self._init, params)
-    return jax.jit(self._init)(params)
-
-
-def place_optimizer(optimizer_state, trained, mesh):
-  """Lays moments out as their parameters, and counters everywhere.
-
-  Args:
-    optimizer_state: of arrays or of shapes.
-    trained: nnx.State with the parameters' axes.
-    mesh: the mesh.
+def abstract_state(config: TrainConfig, mesh):
+  """Describes a stage's structure and state without allocating anything.
 
   Returns:
-    The state of arrays, or of shapes with shardings.
+    (graph, TrainState of jax.ShapeDtypeStruct with shardings on the mesh).
   """
-  layout = sharding.placed(trained, mesh)
-
-  def like(moments):
-    return jax.tree.map(
-      lambda x, parameter: _place(x, parameter.sharding), moments, layout
-    )
-
-  everywhere = sharding.replicated(mesh)
-  adam = optimizer_state.adam
-  return optimizer_state._replace(
-    adam=adam._replace(
-      count=_place(adam.count, everywhere),
-      mu=like(adam.mu),
-      nu=like(adam.nu),
-    ),
-    skipped=_place(optimizer_state.skipped, everywhere),
-    consecutive_skips=_place(optimizer_state.consecutive_skips, everywhere),
+  model = model_checkpoint.abstract_model(
+    config.model,
+    dtype=jnp.dtype(config.parameter_dtype),
+    compute_dtype=jnp.dtype(config.compute_dtype),
   )
-
-
-def _placed_step(step, mesh):
-  return jax.device_put(step, sharding.replicated(mesh))
-
-
-def _place(x, layout):
-  if isinstance(x, jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
-  return jax.device_put(x, layout)
+  optimizer = optimizer_lib.make_optimizer(config.optimizer)
+  return placement.abstract_state(model, config.stage, optimizer, mesh)
 
 
 def _tokenizer(config: TrainConfig, workdir):

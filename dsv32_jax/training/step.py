@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dsv32_jax import sharding
@@ -62,7 +63,7 @@ def init_state(model, stage: stages.StageConfig, optimizer):
     router_bias=bias,
     rest=rest,
     optimizer=optimizer.init(trained),
-    step=jnp.zeros((), jnp.int32),
+    step=np.zeros((), np.int32),
   )
   return graph, state
 

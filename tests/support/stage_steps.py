@@ -4,13 +4,12 @@ import dataclasses
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax import sharding
 from dsv32_jax.data import batch as batch_lib
 from dsv32_jax.training import optimizer as optimizer_lib
-from dsv32_jax.training import run
+from dsv32_jax.training import placement
 from dsv32_jax.training import schedule
 from dsv32_jax.training import stages
 from dsv32_jax.training import step as step_lib
@@ -70,11 +69,7 @@ def one_step(
     graph, state = nnx.split(model)
     layout = jax.tree.map(lambda x: x.sharding, sharding.placed(state, mesh))
     model = nnx.merge(graph, jax.device_put(state, layout))
-    graph, state = step_lib.init_state(model, stage, optimizer)
-    state = state._replace(
-      optimizer=run.place_optimizer(state.optimizer, state.trained, mesh),
-      step=jax.device_put(jnp.int32(0), sharding.replicated(mesh)),
-    )
+    graph, state = placement.first_state(model, stage, optimizer, mesh)
     step = step_lib.make_step(
       graph, stage, optimizer, microbatches=microbatches, remat=remat
     )

@@ -1,0 +1,151 @@
+"""A stage's step compiled ahead of time, for devices that need not exist."""
+
+import dataclasses
+import math
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+
+from dsv32_jax import sharding
+from dsv32_jax.data import batch as batch_lib
+from dsv32_jax.training import flops
+from dsv32_jax.training import optimizer as optimizer_lib
+from dsv32_jax.training import run
+from dsv32_jax.training import step as step_lib
+
+# A tenth of a device's memory is left for what the compiler does not count.
+USABLE = 0.9
+_COLLECTIVES = (
+  "all-gather",
+  "all-reduce",
+  "all-to-all",
+  "collective-permute",
+  "ragged-all-to-all",
+  "reduce-scatter",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a compiled step needs.
+
+  Attributes:
+    devices: JAX devices of the mesh.
+    argument_bytes_per_device: parameters, optimiser state and batch.
+    temporary_bytes_per_device: what the step allocates beside them.
+    peak_bytes_per_device: the most that is alive at once, arguments included.
+    model_flops_per_step: see `flops`.
+    flops_by_part: the same by what they are spent on.
+    global_batch: sequences of a step.
+    sequence_length: tokens of a sequence.
+    compile_seconds: of tracing, lowering and compiling.
+    sorts: sort instructions in the compiled program.
+    collectives: instructions by kind, loops counted once.
+  """
+
+  devices: int
+  argument_bytes_per_device: int
+  temporary_bytes_per_device: int
+  peak_bytes_per_device: int
+  model_flops_per_step: float
+  flops_by_part: dict[str, float]
+  global_batch: int
+  sequence_length: int
+  compile_seconds: float
+  sorts: int
+  collectives: dict[str, int]
+
+
+class DoesNotFit(ValueError):
+  """The compiler ran out of the device's memory."""
+
+
+def compile_step(config: run.TrainConfig, devices) -> tuple[Report, object]:
+  """Compiles one whole optimiser step of a stage.
+
+  Args:
+    config: the stage; its mesh must fit the devices.
+    devices: of this process or of a topology description.
+
+  Returns:
+    The report and the compiled step.
+
+  Raises:
+    ValueError: if the mesh does not fit the devices.
+    DoesNotFit: if the step needs more memory than a device has.
+  """
+  mesh = sharding.make_mesh(config.mesh, devices)
+  started = time.perf_counter()
+  with jax.set_mesh(mesh):
+    graph, state = run.abstract_state(config, mesh)
+    step = step_lib.make_step(
+      graph,
+      config.stage,
+      optimizer_lib.make_optimizer(config.optimizer),
+      microbatches=config.microbatches,
+      remat=run.REMAT[config.remat],
+    )
+    try:
+      compiled = step.lower(state, abstract_batch(config, mesh)).compile()
+    except jax.errors.JaxRuntimeError as error:
+      raise _explained(error) from error
+  return _report(config, mesh, compiled, time.perf_counter() - started)
+
+
+def abstract_batch(config: run.TrainConfig, mesh) -> batch_lib.Batch:
+  """Describes the global batch of a config on a mesh."""
+  shape = (config.data.batch_size, config.data.sequence_length)
+  layout = sharding.batch_sharding(mesh, shape)
+
+  def described(dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+
+  return batch_lib.Batch(
+    tokens_BT=described(jnp.int32),
+    targets_BT=described(jnp.int32),
+    loss_mask_BT=described(jnp.float32),
+    segments_BT=described(jnp.int32),
+    positions_BT=described(jnp.int32),
+  )
+
+
+def _report(config, mesh, compiled, seconds):
+  memory = compiled.memory_analysis()
+  text = compiled.as_text()
+  counted = flops.step_flops(
+    config.model,
+    config.stage,
+    config.data.batch_size,
+    config.data.sequence_length,
+  )
+  report = Report(
+    devices=math.prod(mesh.shape.values()),
+    argument_bytes_per_device=memory.argument_size_in_bytes,
+    temporary_bytes_per_device=memory.temp_size_in_bytes,
+    peak_bytes_per_device=memory.peak_memory_in_bytes,
+    model_flops_per_step=counted.total,
+    flops_by_part=counted._asdict(),
+    global_batch=config.data.batch_size,
+    sequence_length=config.data.sequence_length,
+    compile_seconds=round(seconds, 1),
+    sorts=len(re.findall(r" sort\(", text)),
+    collectives={
+      kind: count
+      for kind in _COLLECTIVES
+      if (count := len(re.findall(rf" {kind}(?:-start)?\(", text)))
+    },
+  )
+  return report, compiled
+
+
+def _explained(error):
+  """Turns the compiler's out-of-memory into one line; else keeps the error."""
+  text = str(error)
+  if "RESOURCE_EXHAUSTED" not in text:
+    return error
+  found = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", text)
+  if found is None:
+    return DoesNotFit(text.splitlines()[0])
+  return DoesNotFit(f"needs {found[1]} of a device's {found[2]}")

@@ -1,0 +1,63 @@
+"""The ahead-of-time program, run as its users run it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dsv32_jax.model import presets
+from dsv32_jax.training import flops
+from dsv32_jax.training import stages
+
+
+def compile_for(*arguments):
+  command = [sys.executable, "-m", "experiments.compile_for", *arguments]
+  return subprocess.run(
+    command, check=False, capture_output=True, text=True, timeout=280
+  )
+
+
+def test_reports_a_step_on_forced_cpu_devices(tmp_path):
+  output = tmp_path / "report.json"
+  finished = compile_for(
+    "--topology=cpu:2",
+    "--config=configs/tiny.py:pretrain",
+    "--config.mesh.data=1",
+    "--config.mesh.expert=2",
+    "--config.data.batch_size=2",
+    "--config.data.sequence_length=64",
+    f"--output={output}",
+  )
+  assert finished.returncode == 0, finished.stderr
+  report = json.loads(output.read_text())
+  assert (report["chips"], report["devices"]) == (2, 2)
+  assert report["fits"] and report["hbm_bytes_per_device"] is None
+  assert (report["global_batch"], report["sequence_length"]) == (2, 64)
+  # Half of the experts, and both moments beside the weights.
+  assert report["argument_bytes_per_device"] > 0
+  assert report["temporary_bytes_per_device"] > 0
+  wanted = flops.step_flops(presets.tiny(), stages.PRETRAIN, 2, 64)
+  assert report["model_flops_per_step"] == wanted.total
+  assert report["collectives"], "two devices share nothing"
+  assert report["sorts"] == 0
+
+
+@pytest.mark.parametrize(
+  "topology,told",
+  [
+    ("v9:2x2", "generation 'v9' is not cpu or one of v5e"),
+    ("cpu:none", "must be cpu:DEVICES"),
+    ("cpu:3", "mesh="),
+  ],
+)
+def test_a_wrong_topology_is_one_line(topology, told):
+  finished = compile_for(
+    f"--topology={topology}",
+    "--config=configs/tiny.py:pretrain",
+    "--config.mesh.data=2",
+  )
+  assert finished.returncode == 1
+  assert finished.stderr.startswith("error: ")
+  assert len(finished.stderr.splitlines()) == 1
+  assert told in finished.stderr

@@ -1,0 +1,58 @@
+"""Operations of a step against numbers worked out by hand."""
+
+import dataclasses
+
+import pytest
+
+from dsv32_jax.model import presets
+from dsv32_jax.training import flops
+from dsv32_jax.training import stages
+
+LENGTH = 131072
+
+
+def test_active_parameters_of_the_671b_model():
+  counts = flops.active_parameters(presets.deepseek_v32_671b())
+  # V3 report: 37B active, the embedding's 0.9B not among what is multiplied.
+  main = sum(counts.values()) - counts["mtp"]
+  assert 36.5e9 < main < 37.8e9
+  # Of an MLA layer, by hand: 187.1M with these ranks.
+  assert counts["attention"] == 61 * 187105280
+
+
+def test_selected_pairs_by_counting():
+  for length, top_k in ((1, 4), (4, 4), (9, 4), (5, 1)):
+    counted = sum(min(t + 1, top_k) for t in range(length))
+    assert flops.selected_pairs(length, top_k) == counted
+
+
+def test_sparse_step_is_430_gigaflop_a_token():
+  # 225 weights, 123 attention, 65 index scores, 18 KL target, for 61 layers:
+  # the arithmetic of one token at 128K.
+  config = dataclasses.replace(presets.deepseek_v32_671b(), num_mtp_layers=0)
+  found = flops.step_flops(config, stages.SPARSE, 2, LENGTH)
+  per_token = 2 * LENGTH
+  assert found.attention / per_token == pytest.approx(123e9, rel=0.02)
+  assert found.index_scores / per_token == pytest.approx(65.5e9, rel=0.02)
+  kl = 61 * 2048 * (2 * 128 * 576 + 3 * 2 * 64 * 128)
+  assert found.indexer_kl / per_token == pytest.approx(kl, rel=0.02)
+  assert found.weights / per_token == pytest.approx(222e9, rel=0.03)
+
+
+def test_warm_up_trains_the_indexer_alone():
+  config = presets.deepseek_v32_671b()
+  found = flops.step_flops(config, stages.DENSE_WARMUP, 1, LENGTH)
+  counts = flops.active_parameters(config)
+  forward = counts["attention"] + counts["ffn"] + counts["mtp"]
+  wanted = 2 * (forward + 3 * counts["indexer"]) * LENGTH
+  assert found.weights == pytest.approx(wanted)
+  pairs = 62 * LENGTH * (LENGTH + 1) / 2
+  assert found.attention == pytest.approx(pairs * 2 * 128 * (192 + 128))
+
+
+def test_more_tokens_cost_more():
+  config = presets.tiny()
+  one = flops.step_flops(config, stages.PRETRAIN, 1, 64)
+  two = flops.step_flops(config, stages.PRETRAIN, 2, 64)
+  assert two.total == pytest.approx(2 * one.total)
+  assert one.index_scores == one.indexer_kl == 0
