@@ -24,6 +24,7 @@ from pallas_kernels import visibility
 from pallas_kernels.indexer_kl import checks
 from pallas_kernels.indexer_kl import gathered
 from pallas_kernels.indexer_kl import ref
+from pallas_kernels.indexer_kl import tpu
 from pallas_kernels.indexer_kl import xla
 
 __all__ = [
@@ -64,7 +65,8 @@ def indexer_kl(
       None is all visible keys.
     query_segments_BT: int32 segments; None is one segment.
     key_segments_BS: int32 segments; None is one segment.
-    implementation: "ref", "xla", or None for the default.
+    implementation: "ref", "xla", "tpu", "tpu_interpret" (the TPU kernels in
+      an interpreter that looks for races), or None, which is "xla".
 
   Returns:
     kl_BT; 0 where the set is empty.
@@ -84,7 +86,7 @@ def indexer_kl(
     query_segments_BT,
     key_segments_BS,
   )
-  evaluate = _choose(implementation, ref.indexer_kl, xla.evaluate)
+  evaluate = _choose(implementation, _MASKED)
   return _per_query(evaluate, float(scale), *arrays)
 
 
@@ -122,7 +124,7 @@ def indexer_kl_loss(
     key_segments_BS,
   )
   checks.token_weight(token_weight_BT, slots_BT.shape)
-  evaluate = _choose(implementation, ref.indexer_kl, xla.evaluate)
+  evaluate = _choose(implementation, _MASKED)
   return _loss(evaluate, scale, arrays, token_weight_BT)
 
 
@@ -174,7 +176,7 @@ def indexer_kl_gathered(
     lse_BTH,
     indices_BTN,
   )
-  evaluate = _choose(implementation, ref.indexer_kl_gathered, gathered.evaluate)
+  evaluate = _choose(implementation, _GATHERED)
   return _per_query(evaluate, float(scale), *arrays)
 
 
@@ -209,7 +211,7 @@ def indexer_kl_gathered_loss(
     indices_BTN,
   )
   checks.token_weight(token_weight_BT, indices_BTN.shape[:2])
-  evaluate = _choose(implementation, ref.indexer_kl_gathered, gathered.evaluate)
+  evaluate = _choose(implementation, _GATHERED)
   return _loss(evaluate, scale, arrays, token_weight_BT)
 
 
@@ -225,13 +227,9 @@ def _gathered_arrays(*arrays):
   return arrays[:3], jax.lax.stop_gradient(arrays[3:])
 
 
-def _choose(implementation, reference, evaluate):
+def _choose(implementation, implementations):
   """Returns what gives (kl_BT, gradients) under an implementation's name."""
   name = "xla" if implementation is None else implementation
-  implementations = {
-    "ref": functools.partial(_evaluate_reference, reference),
-    "xla": evaluate,
-  }
   if name not in implementations:
     raise ValueError(f"{implementation=} is not one of {list(implementations)}")
   return implementations[name]
@@ -243,6 +241,18 @@ def _evaluate_reference(reference, scale, trained, constants, weight_BT):
     lambda *x: reference(*x, *constants, scale=scale), *trained
   )
   return kl_BT, None if weight_BT is None else pull_back(weight_BT)
+
+
+_MASKED = {
+  "ref": functools.partial(_evaluate_reference, ref.indexer_kl),
+  "xla": xla.evaluate,
+  "tpu": tpu.evaluate,
+  "tpu_interpret": tpu.evaluate_interpreted,
+}
+_GATHERED = {
+  "ref": functools.partial(_evaluate_reference, ref.indexer_kl_gathered),
+  "xla": gathered.evaluate,
+}
 
 
 def _loss(evaluate, scale, arrays, token_weight_BT):

@@ -316,10 +316,10 @@ def test_wrong_arguments_are_named():
     indexer_kl(*problem.trained, query, key, lse[:, :1], slots, scale=1.0)
   with pytest.raises(ValueError, match="key_BSGQ has shape"):
     indexer_kl(*problem.trained, query, key[:, :, :2], lse, slots, scale=1.0)
-  with pytest.raises(ValueError, match="implementation='tpu'"):
+  with pytest.raises(ValueError, match="implementation='cuda'"):
     indexer_kl(
       *problem.trained,
       *problem.arguments(),
       **problem.keywords(),
-      implementation="tpu",
+      implementation="cuda",
     )
