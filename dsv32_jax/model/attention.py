@@ -14,6 +14,7 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from dsv32_jax import sharding
+from dsv32_jax.model import cost_rule
 from dsv32_jax.model import indexer as indexer_lib
 from dsv32_jax.model import selection as selection_lib
 from pallas_kernels import indexer_kl
@@ -35,7 +36,7 @@ class Projected(NamedTuple):
   value_up_CHV: jax.Array
 
 
-def expanded(projected, chosen, sight, index, index_key_BSK, *, scale):
+def expanded(projected, chosen, sight, index, index_key_BSK, *, scale, kernels):
   """Attends in multi-head form; keys are expanded for every head.
 
   Args:
@@ -45,6 +46,7 @@ def expanded(projected, chosen, sight, index, index_key_BSK, *, scale):
     index: IndexInputs if the indexer's KL is wanted, else None.
     index_key_BSK: index keys, where index is given.
     scale: softmax scale.
+    kernels: implementation to ask the operations for.
 
   Returns:
     values_BTHV, and kl_BT float32 or None.
@@ -72,10 +74,11 @@ def expanded(projected, chosen, sight, index, index_key_BSK, *, scale):
     index,
     index_key_BSK,
     scale,
+    kernels,
   )
 
 
-def absorbed(projected, chosen, sight, index, index_key_BSK, *, scale):
+def absorbed(projected, chosen, sight, index, index_key_BSK, *, scale, kernels):
   """Attends in multi-query form over the latents; as `expanded`."""
   query_BTHQ = jnp.concatenate(
     [absorb_query(projected), projected.query_rope_BTHR], axis=-1
@@ -92,11 +95,12 @@ def absorbed(projected, chosen, sight, index, index_key_BSK, *, scale):
     index,
     index_key_BSK,
     scale,
+    kernels,
   )
   return jnp.einsum("BTHC,CHV->BTHV", out_BTHC, projected.value_up_CHV), kl_BT
 
 
-def gathered(projected, chosen, sight, index, index_key_BSK, *, scale):
+def gathered(projected, chosen, sight, index, index_key_BSK, *, scale, kernels):
   """Attends in multi-query form over the selected latents; as `expanded`.
 
   The selection is needed as indices.
@@ -110,6 +114,7 @@ def gathered(projected, chosen, sight, index, index_key_BSK, *, scale):
     projected.key_rope_BSR,
     chosen.indices_BTN,
     scale=scale,
+    implementation=kernels,
   )
   kl_BT = None
   if index is not None:
@@ -135,13 +140,16 @@ def absorb_query(projected: Projected):
   )
 
 
-def _masked(query, key, value, chosen, sight, index, index_key_BSK, scale):
+def _masked(
+  query, key, value, chosen, sight, index, index_key_BSK, scale, kernels
+):
   """Masked attention and, where index is given, the indexer's KL on it."""
   mask_BTW = None if chosen is None else chosen.mask_BTW
   visible = dict(
     mask_BTW=mask_BTW,
     query_segments_BT=sight.query_segments_BT,
     key_segments_BS=sight.key_segments_BS,
+    implementation=kernels,
   )
   out, lse_BTH = masked_attention.masked_attention(
     query, key, value, sight.slots_BT, scale=scale, **visible
@@ -162,6 +170,8 @@ def _masked(query, key, value, chosen, sight, index, index_key_BSK, scale):
   return out, kl_BT
 
 
+# Implementations that every operation of the masked form has.
+KERNELS = ("xla", "tpu", "tpu_interpret")
 FORMS = {"expanded": expanded, "absorbed": absorbed, "gathered": gathered}
 
 
@@ -175,46 +185,23 @@ class AttentionOptions:
     indexer_loss: also return the indexer's KL to the attention over the same
       keys (paper equations 3 and 4).
     index_quantized: emulate the official 8-bit index scores.
+    kernels: implementation of the operations, a name that their fronts in
+      `pallas_kernels` know, or None for what the device runs best.
   """
 
   select: selection_lib.Selector
   form: str | None = None
   indexer_loss: bool = False
   index_quantized: bool = False
+  kernels: str | None = None
 
   def __post_init__(self):
     if self.form is not None and self.form not in FORMS:
       raise ValueError(f"form={self.form!r} is not one of {sorted(FORMS)}")
     if self.form == "gathered" and self.select == selection_lib.DENSE:
       raise ValueError("form='gathered' needs a selection, select is Dense()")
-
-
-def choose_form(options: AttentionOptions, num_queries: int, num_keys: int):
-  """The cost rule: the form that computes least for these sizes.
-
-  One query at a time reads latents, never expanded keys: gathered if there
-  is a selection, else absorbed. Many queries use the masked expanded form,
-  whose matmuls are large, up to the length where gathering k latents a query
-  is cheaper than scoring every key.
-  """
-  if options.form is not None:
-    return options.form
-  sparse = options.select != selection_lib.DENSE
-  if num_queries <= ABSORBED_QUERIES:
-    return "gathered" if sparse else "absorbed"
-  selected = options.select.k if sparse else num_keys
-  if num_keys >= max(GATHERED_KEYS, GATHERED_CROSSOVER * selected):
-    return "gathered"
-  return "expanded"
-
-
-# Queries up to which the latent forms win: they skip expanding S keys.
-ABSORBED_QUERIES = 8
-# Keys from which gathering wins on a CPU, and that many for each selected one:
-# measured on the 65M model, where it costs 40 us a query at any length and the
-# masked form 35 at 1024 keys, 80 at 4096 and 145 at 8192.
-GATHERED_KEYS = 2048
-GATHERED_CROSSOVER = 12
+    if self.kernels not in (None, *KERNELS):
+      raise ValueError(f"kernels={self.kernels!r} is not one of {KERNELS}")
 
 
 def select(options, form, index, index_key_BSK, sight, *, layer, replay):
@@ -233,6 +220,7 @@ def select(options, form, index, index_key_BSK, sight, *, layer, replay):
     A Selection, or None where every visible key is selected.
   """
   want_indices = form == "gathered"
+  kernels = cost_rule.choose_kernels(options, sight.slots_BT.shape[1])
   if replay is not None:
     return selection_lib.from_replay(
       replay,
@@ -249,6 +237,7 @@ def select(options, form, index, index_key_BSK, sight, *, layer, replay):
       selection_lib.Visibility(slots, query_segments, key_segments),
       layer=layer,
       want_indices=want_indices,
+      kernels=kernels,
     )
     keys = chosen.indices_BTN if want_indices else chosen.mask_BTW
     return keys, chosen.invalid_BT
@@ -295,6 +284,7 @@ def attend(options, form, projected, chosen, sight, index, index_key, *, scale):
     gathers = form == "gathered"
     keys = chosen.indices_BTN if gathers else chosen.mask_BTW
   loss = options.indexer_loss
+  kernels = cost_rule.choose_kernels(options, sight.slots_BT.shape[1])
 
   def run(*args):
     projected, (keys, slots, query_segments, key_segments) = (
@@ -309,7 +299,7 @@ def attend(options, form, projected, chosen, sight, index, index_key, *, scale):
     if loss:
       index = indexer_lib.IndexInputs(args[10], None, args[11])
     values_BTHV, kl_BT = FORMS[form](
-      projected, chosen, sight, index, args[12], scale=scale
+      projected, chosen, sight, index, args[12], scale=scale, kernels=kernels
     )
     return (values_BTHV, kl_BT) if loss else (values_BTHV,)
 

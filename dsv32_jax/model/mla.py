@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from dsv32_jax.model import attention as attention_lib
 from dsv32_jax.model import cache as cache_lib
 from dsv32_jax.model import config as config_lib
+from dsv32_jax.model import cost_rule
 from dsv32_jax.model import indexer as indexer_lib
 from dsv32_jax.model import layers
 from dsv32_jax.model import rope
@@ -103,7 +104,7 @@ class LatentAttention(nnx.Module):
       self.value_up[...].astype(dtype),
     )
     index_key_BSK = held.index_key_BSK.astype(index.query_BTIK.dtype)
-    form = attention_lib.choose_form(
+    form = cost_rule.choose_form(
       options, x_BTD.shape[1], held.latent_BSC.shape[1]
     )
     chosen = attention_lib.select(

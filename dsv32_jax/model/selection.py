@@ -52,8 +52,10 @@ class Visibility(NamedTuple):
 class Dense:
   """Every visible key: plain causal attention."""
 
-  def __call__(self, index, key_BSK, sight, *, layer, want_indices):
-    del index, key_BSK, sight, layer, want_indices
+  def __call__(
+    self, index, key_BSK, sight, *, layer, want_indices, kernels=None
+  ):
+    del index, key_BSK, sight, layer, want_indices, kernels
     return None
 
 
@@ -71,6 +73,7 @@ class TopK:
     *,
     layer,
     want_indices: bool,
+    kernels: str | None = None,
   ) -> Selection:
     del layer
     return _select(
@@ -80,6 +83,7 @@ class TopK:
       sight,
       top_k=self.k,
       want_indices=want_indices,
+      kernels=kernels,
     )
 
 
@@ -95,7 +99,9 @@ class Random:
   seed: int = 0
   width: int = 32
 
-  def __call__(self, index, key_BSK, sight, *, layer, want_indices):
+  def __call__(
+    self, index, key_BSK, sight, *, layer, want_indices, kernels=None
+  ):
     del index
     root = jax.random.fold_in(jax.random.key(self.seed), layer)
     for_keys, for_queries = jax.random.split(root)
@@ -117,6 +123,7 @@ class Random:
       sight,
       top_k=self.k,
       want_indices=want_indices,
+      kernels=kernels,
     )
 
 
@@ -126,8 +133,10 @@ class Window:
 
   k: int
 
-  def __call__(self, index, key_BSK, sight, *, layer, want_indices):
-    del index, layer
+  def __call__(
+    self, index, key_BSK, sight, *, layer, want_indices, kernels=None
+  ):
+    del index, layer, kernels
     slots_BT = sight.slots_BT
     offsets_N = jnp.arange(self.k, dtype=jnp.int32)
     indices_BTN = slots_BT[..., None] - offsets_N
@@ -187,7 +196,9 @@ def from_replay(replayed, *, num_keys: int, want_indices: int | None):
   return Selection(None, replayed, None)
 
 
-def _select(query_BTIK, key_BSK, weight_BTI, sight, *, top_k, want_indices):
+def _select(
+  query_BTIK, key_BSK, weight_BTI, sight, *, top_k, want_indices, kernels
+):
   chosen = index_select.index_select(
     query_BTIK,
     key_BSK,
@@ -198,5 +209,6 @@ def _select(query_BTIK, key_BSK, weight_BTI, sight, *, top_k, want_indices):
     key_segments_BS=sight.key_segments_BS,
     want_mask=not want_indices,
     want_indices=want_indices,
+    implementation=kernels,
   )
   return Selection(chosen.mask_BTW, chosen.indices_BTN, chosen.invalid_BT)

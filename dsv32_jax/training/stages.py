@@ -33,6 +33,7 @@ class StageConfig:
     router_bias_speed: step of the router bias against the load (V3: 1e-3).
     top_k: keys a query sees; None takes the model's.
     attention_form: a name in attention.FORMS, None for the cost rule.
+    kernels: a name in attention.KERNELS, None for what the device runs best.
     separate_documents: keep packed documents from seeing each other.
   """
 
@@ -45,6 +46,7 @@ class StageConfig:
   router_bias_speed: float = 0.0
   top_k: int | None = None
   attention_form: str | None = None
+  kernels: str | None = None
   separate_documents: bool = True
 
   def __post_init__(self):
@@ -82,6 +84,7 @@ class StageConfig:
     return attention.AttentionOptions(
       select=selectors[self.select],
       form=self.attention_form,
+      kernels=self.kernels,
       indexer_loss=self.indexer_weight > 0,
     )
 

@@ -8,13 +8,16 @@ lowest index, -0.0 equal to 0.0.
 # B batch, T queries, S keys, I index heads, K index width, W words of 32 keys,
 # N selected keys
 
+import functools
 from typing import NamedTuple
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels import visibility
 from pallas_kernels.index_select import ref
+from pallas_kernels.index_select import tpu
 from pallas_kernels.index_select import xla
 from pallas_kernels.index_select.ref import index_scores
 
@@ -68,7 +71,10 @@ def index_select(
     key_scale_BS: float32 factor of each key's scores, for quantised keys.
     want_mask: whether to return the packed mask.
     want_indices: whether to return the indices.
-    implementation: "ref", "xla", or None for the default.
+    implementation: "ref", the definition; "xla", plain XLA in chunks of
+      queries; "tpu", one TPU kernel; "tpu_interpret", that kernel interpreted
+      on any device, with uninitialised memory poisoned and races reported; or
+      None for the default, "xla".
 
   Returns:
     A `Selected`. No gradient flows through it.
@@ -79,7 +85,15 @@ def index_select(
   _check(query_BTIK, key_BSK, weight_BTI, slots_BT, key_scale_BS, top_k)
   num_keys = key_BSK.shape[1]
   visibility.check(slots_BT, num_keys, query_segments_BT, key_segments_BS)
-  implementations = {"ref": ref.select, "xla": xla.select}
+  interpret = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan"
+  )
+  implementations = {
+    "ref": ref.select,
+    "xla": xla.select,
+    "tpu": tpu.select,
+    "tpu_interpret": functools.partial(tpu.select, interpret=interpret),
+  }
   name = "xla" if implementation is None else implementation
   if name not in implementations:
     raise ValueError(f"{implementation=} is not one of {list(implementations)}")

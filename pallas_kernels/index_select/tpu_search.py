@@ -1,0 +1,216 @@
+"""The second half of the TPU selection: thresholds, mask and log-sum-exps.
+
+Works on the encoded scores of one query tile, int32 [rows,L] in VMEM with the
+keys along sublanes and (group, query) along lanes; all state is one register
+row [1,L], equal in all groups of a query.
+1. `_search` brackets the k-th best score of every query at once. A pass reads
+   the tiles in sight and counts the keys at or above one point a query. It
+   ends when each query has a point with exactly the wanted number of keys at
+   or above it, or knows the value of its k-th key.
+2. `_emit` reads the scores once more. In the block's (bit, word) order the
+   number of earlier keys equal to the k-th value is a sum over registers and,
+   once a block, a prefix sum over 8 sublanes (and over the groups): ties go to
+   the lowest index with no further search. The same read packs the words and
+   adds up both log-sum-exps, whose common maximum is known.
+
+Memory: nothing beside the scores but registers.
+"""
+# L lanes (group, query), Z rows of a block
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from pallas_kernels import bitmask
+from pallas_kernels.index_select import order
+
+LANES = 128
+# Keys of a block: 8 words, one a sublane.
+BLOCK = 8 * bitmask.BITS
+# Number of visible keys, least and greatest score when none was seen.
+EMPTY_STATISTICS = (0, order.NAN, order.HIDDEN)
+
+
+class _State(NamedTuple):
+  """Fewer than `wanted` keys are >= high, and at_low >= wanted are >= low."""
+
+  step: jax.Array
+  low_1L: jax.Array
+  high_1L: jax.Array
+  at_low_1L: jax.Array
+  at_high_1L: jax.Array
+
+
+def add_statistics(stats_38L, ordered_ZL):
+  """Adds a block to the count, minimum and maximum of the visible keys."""
+  ordered_X8L = ordered_ZL.reshape(-1, 8, ordered_ZL.shape[-1])
+  seen_X8L = ordered_X8L > order.HIDDEN
+  least_X8L = jnp.where(seen_X8L, ordered_X8L, order.NAN)
+  return jnp.stack(
+    [
+      stats_38L[0] + jnp.sum(seen_X8L.astype(jnp.int32), axis=0),
+      jnp.minimum(stats_38L[1], jnp.min(least_X8L, axis=0)),
+      jnp.maximum(stats_38L[2], jnp.max(ordered_X8L, axis=0)),
+    ]
+  )
+
+
+def group_of(lane, queries):
+  """Returns the group of a lane; `queries` is a power of two."""
+  return lane >> (queries.bit_length() - 1)
+
+
+def over_groups(queries, combine, x):
+  """Combines the lanes of all groups of each query; all get the result."""
+  shift = LANES // 2
+  while shift >= queries:
+    x = combine(x, pltpu.roll(x, shift, axis=1))
+    shift //= 2
+  return x
+
+
+def finish(sizes, seen, ordered_ref, seen_stats_ref, words_ref, stats_ref):
+  """Selects from scores of `seen` blocks; writes words and statistics."""
+  count_1L, least_1L, best_1L = (
+    over_groups(sizes.queries, combine, reduce(x_8L, axis=0, keepdims=True))
+    for combine, reduce, x_8L in (
+      (jnp.add, jnp.sum, seen_stats_ref[0]),
+      (jnp.minimum, jnp.min, seen_stats_ref[1]),
+      (jnp.maximum, jnp.max, seen_stats_ref[2]),
+    )
+  )
+  invalid_1L = best_1L == order.NAN
+  wanted_1L = jnp.where(invalid_1L, 0, jnp.minimum(count_1L, sizes.top_k))
+  state = _search(
+    sizes,
+    lax.div(seen * BLOCK + sizes.tile - 1, sizes.tile),
+    ordered_ref,
+    wanted_1L,
+    _State(jnp.int32(0), least_1L, best_1L + 1, count_1L, 0 * count_1L),
+  )
+  tied_1L = state.at_low_1L != wanted_1L
+  # Of the keys equal to the value, the first `needed` are selected.
+  needed_1L = jnp.where(tied_1L, wanted_1L - state.at_high_1L, order.NAN)
+  needed_1L = jnp.where(invalid_1L, 0, needed_1L)
+  value_1L = jnp.where(invalid_1L, order.NAN, state.low_1L)
+  top_1L = order.decode(best_1L)
+  top_1L = jnp.where(jnp.abs(top_1L) < jnp.inf, top_1L, 0.0)
+  sums = _emit(sizes, seen, ordered_ref, words_ref, value_1L, needed_1L, top_1L)
+  has_1L = (count_1L > 0) & ~invalid_1L
+  lse_1L = [jnp.where(has_1L, jnp.log(x) + top_1L, -jnp.inf) for x in sums]
+  row_8L = lax.broadcasted_iota(jnp.int32, (8, LANES), 0)
+  stats_8L = jnp.where(row_8L == 0, lse_1L[0], lse_1L[1])
+  invalid_1L = invalid_1L.astype(jnp.float32)
+  stats_ref[0, 0] = jnp.where(row_8L < 2, stats_8L, invalid_1L)
+
+
+def _search(sizes, num_tiles, ordered_ref, wanted_1L, state):
+  """Narrows the brackets until every query is done."""
+
+  def unfinished(state):
+    open_1L = state.high_1L - 1 != state.low_1L
+    return (wanted_1L > 0) & open_1L & (state.at_low_1L != wanted_1L)
+
+  def step(state):
+    low_1L, high_1L = state.low_1L, state.high_1L
+    half_1L = lax.shift_right_logical(high_1L - low_1L, 1)
+    point_1L = low_1L + half_1L
+    count_1L = _count_from(sizes, num_tiles, ordered_ref, point_1L)
+    active_1L = unfinished(state)
+    up_1L = active_1L & (count_1L >= wanted_1L)
+    down_1L = active_1L & (count_1L < wanted_1L)
+    return _State(
+      step=state.step + 1,
+      low_1L=jnp.where(up_1L, point_1L, low_1L),
+      high_1L=jnp.where(down_1L, point_1L, high_1L),
+      at_low_1L=jnp.where(up_1L, count_1L, state.at_low_1L),
+      at_high_1L=jnp.where(down_1L, count_1L, state.at_high_1L),
+    )
+
+  def any_left(state):
+    return jnp.max(unfinished(state).astype(jnp.int32)) > 0
+
+  return lax.while_loop(any_left, step, state)
+
+
+def _count_from(sizes, num_tiles, ordered_ref, point_1L):
+  """Counts the keys of each query that are >= point."""
+
+  def body(tile, count_32L):
+    start = pl.multiple_of(tile * sizes.tile, sizes.tile)
+    at_least_PL = ordered_ref[pl.ds(start, sizes.tile), :] >= point_1L
+    at_least_X32L = at_least_PL.astype(jnp.int32).reshape(-1, 32, LANES)
+    return count_32L + jnp.sum(at_least_X32L, axis=0)
+
+  count_32L = lax.fori_loop(
+    0, num_tiles, body, jnp.zeros((32, LANES), jnp.int32)
+  )
+  count_1L = jnp.sum(count_32L, axis=0, keepdims=True)
+  return over_groups(sizes.queries, jnp.add, count_1L)
+
+
+def _emit(sizes, seen, ordered_ref, words_ref, value_1L, needed_1L, top_1L):
+  """Writes all words; returns the sums of exp(score - top), all and selected.
+
+  A selected key is above the value, or equals it and has fewer than `needed`
+  such keys before it.
+  """
+
+  def body(block, carry):
+    before_1L, all_8L, selected_8L = carry
+    start = pl.multiple_of(block * BLOCK, BLOCK)
+    ordered_ZL = ordered_ref[pl.ds(start, BLOCK), :]
+    rows = [ordered_ZL[i : i + 8] for i in range(0, BLOCK, 8)]
+    equal_8L = sum((x_8L == value_1L).astype(jnp.int32) for x_8L in rows)
+    rank_8L, total_1L = _ranks(sizes.queries, equal_8L)
+    rank_8L = rank_8L + before_1L
+    words_8L = jnp.zeros((8, LANES), jnp.int32)
+    for bit, x_8L in enumerate(rows):
+      equal = x_8L == value_1L
+      chosen = (x_8L > value_1L) | (equal & (rank_8L < needed_1L))
+      rank_8L = rank_8L + equal.astype(jnp.int32)
+      flag = jnp.uint32(1 << bit).astype(jnp.int32)
+      words_8L = words_8L | jnp.where(chosen, flag, 0)
+      power_8L = jnp.exp(order.decode(x_8L) - top_1L)
+      all_8L = all_8L + jnp.where(x_8L > order.HIDDEN, power_8L, 0.0)
+      selected_8L = selected_8L + jnp.where(chosen, power_8L, 0.0)
+    words_ref[0, 0, _words(block), :] = words_8L
+    return before_1L + total_1L, all_8L, selected_8L
+
+  def clear(block, _):
+    words_ref[0, 0, _words(block), :] = jnp.zeros((8, LANES), jnp.int32)
+
+  zeros_8L = jnp.zeros((8, LANES), jnp.float32)
+  carry = jnp.zeros((1, LANES), jnp.int32), zeros_8L, zeros_8L
+  _, *sums = lax.fori_loop(0, seen, body, carry)
+  lax.fori_loop(seen, words_ref.shape[2] // 8, clear, None)
+  return [
+    over_groups(sizes.queries, jnp.add, jnp.sum(x, axis=0, keepdims=True))
+    for x in sums
+  ]
+
+
+def _words(block):
+  return pl.ds(pl.multiple_of(block * 8, 8), 8)
+
+
+def _ranks(queries, count_8L):
+  """Returns the exclusive prefix sum in the order of keys, and the total."""
+  row_8L = lax.broadcasted_iota(jnp.int32, (8, LANES), 0)
+  lane_1L = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+  group_1L = group_of(lane_1L, queries)
+  upto_8L = count_8L
+  for shift in (1, 2, 4):
+    moved_8L = pltpu.roll(upto_8L, shift, axis=0)
+    upto_8L = upto_8L + jnp.where(row_8L >= shift, moved_8L, 0)
+  own_1L = jnp.sum(count_8L, axis=0, keepdims=True)
+  before_1L = jnp.zeros_like(own_1L)
+  for distance in range(1, LANES // queries):
+    moved_1L = pltpu.roll(own_1L, distance * queries, axis=1)
+    before_1L = before_1L + jnp.where(group_1L >= distance, moved_1L, 0)
+  total_1L = over_groups(queries, jnp.add, own_1L)
+  return upto_8L - count_8L + before_1L, total_1L

@@ -1,0 +1,153 @@
+"""The TPU kernel, interpreted, against the definition on exact scores.
+
+Inputs are small integers, so that scores are exact in every order of addition
+and selections must be equal bit for bit. The interpreter fills memory that was
+never written with NaN.
+"""
+# B batch, T queries, S keys, I index heads, K index width, N selected keys
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import bitmask
+from pallas_kernels.index_select import index_select
+from tests.support.tolerances import TOLERANCE
+
+
+@functools.partial(jax.jit, static_argnames=("top_k",))
+def run_both(arrays, options, top_k):
+  return [
+    index_select(
+      *arrays,
+      **options,
+      top_k=top_k,
+      want_indices=True,
+      implementation=implementation,
+    )
+    for implementation in ("tpu_interpret", "ref")
+  ]
+
+
+def check(arrays, top_k, **options):
+  """Compares all fields; selections must be equal."""
+  got, want = run_both(arrays, options, top_k)
+  np.testing.assert_array_equal(got.mask_BTW, want.mask_BTW)
+  np.testing.assert_array_equal(got.indices_BTN, want.indices_BTN)
+  np.testing.assert_array_equal(got.invalid_BT, want.invalid_BT)
+  rtol, atol = TOLERANCE["float32"]
+  for name in ("lse_all_BT", "lse_selected_BT"):
+    np.testing.assert_allclose(
+      getattr(got, name), getattr(want, name), rtol=rtol, atol=atol
+    )
+  return got
+
+
+def integer_arrays(batch, queries, num_keys, heads, width, seed):
+  rng = np.random.default_rng(seed)
+
+  def draw(*shape):
+    return rng.integers(-3, 4, shape).astype(np.float32)
+
+  return [
+    draw(batch, queries, heads, width),
+    draw(batch, num_keys, width),
+    draw(batch, queries, heads),
+    rng.integers(-1, num_keys, (batch, queries)).astype(np.int32),
+  ]
+
+
+def special_arrays():
+  """Nine queries of one head whose scores equal key * weight, for 50 keys."""
+  key_S = 1 + np.random.default_rng(2).permutation(50)
+  return [
+    np.ones((1, 9, 1, 1), np.float32),
+    key_S.astype(np.float32)[None, :, None],
+    np.ones((1, 9, 1), np.float32),
+    np.full((1, 9), 49, np.int32),
+  ]
+
+
+def test_segments_over_several_tiles():
+  """Full tiles of 128 queries, an odd number of heads, hidden key tiles."""
+  arrays = integer_arrays(2, 130, 1300, 3, 4, seed=0)
+  arrays[3][0] = np.minimum(arrays[3][0], 700)
+  rng = np.random.default_rng(1)
+  key_segments_BS = np.sort(rng.integers(0, 3, (2, 1300)), axis=1)
+  query_segments_BT = rng.integers(0, 4, (2, 130))
+  check(
+    arrays,
+    64,
+    query_segments_BT=query_segments_BT.astype(np.int32),
+    key_segments_BS=key_segments_BS.astype(np.int32),
+  )
+
+
+def test_quantised_inputs_and_grouped_heads():
+  """Two groups of 64 queries share the lanes; five heads do not divide."""
+  query, key, weight, slots_BT = integer_arrays(1, 50, 700, 5, 3, seed=3)
+  arrays = [
+    jnp.asarray(query, jnp.float8_e4m3fn),
+    jnp.asarray(key, jnp.float8_e4m3fn),
+    weight,
+    slots_BT,
+  ]
+  exponent_BS = np.random.default_rng(4).integers(-2, 3, (1, 700))
+  scale_BS = np.exp2(exponent_BS).astype(np.float32)
+  got = check(arrays, 33, key_scale_BS=scale_BS)
+  assert bitmask.unpack(got.mask_BTW, 700).sum(-1).max() == 33
+
+
+def test_thousands_of_ties_at_the_threshold():
+  """A dozen keys stand out, below or above a sea of zeros and minus zeros."""
+  arrays = integer_arrays(1, 3, 5000, 2, 2, seed=5)
+  key_S = np.random.default_rng(1).permutation(5000) < 12
+  arrays[1][0] = np.where(key_S[:, None], [3.0, 0.0], [-1.0, 0.0])
+  arrays[0][...] = [1.0, 0.0]
+  arrays[2][0] = [[1.0, 1.0], [-1.0, -1.0], [-1.0, 1.0]]
+  arrays[3][0] = [4999, 4999, 3000]
+  got = check(arrays, 40)
+  assert bitmask.unpack(got.mask_BTW, 5000).sum(-1).tolist() == [[40] * 3]
+
+
+@pytest.mark.parametrize(
+  "case", ["equal", "infinite", "all minus infinite", "minus zero", "padded"]
+)
+def test_special_values(case):
+  arrays = special_arrays()
+  _, key, weight, slots_BT = arrays
+  invalid = []
+  if case == "equal":
+    weight[...] = 0.0
+  elif case == "infinite":
+    key[0, [4, 9, 20], 0] = np.inf
+    key[0, 30, 0] = np.nan
+    weight[0, :, 0] = [1, -1, 1, 1, -1, 1, -1, 1, 1]
+    slots_BT[...] = [29, 29, 30, 3, 49, 8, 5, 4, 20]
+    invalid = [2, 4]
+  elif case == "all minus infinite":
+    key[...], weight[...] = np.inf, -1.0
+    slots_BT[...] = [7, 2, 0, -1, 49, 3, 4, 5, 2]
+  elif case == "minus zero":
+    key[...] = 0.0
+    key[0, 1::2] = -1.0
+    weight[0, ::2] = -1.0
+  else:
+    key[0, 20] = np.nan
+    slots_BT[...] = [-1, 0, 49, -1, 3, 100, -1, 12, -1]
+    invalid = [2, 5]
+  got = check(arrays, 5)
+  assert np.flatnonzero(got.invalid_BT).tolist() == invalid
+  assert (np.asarray(got.indices_BTN)[0, invalid] == -1).all()
+
+
+def test_too_many_keys_are_refused():
+  shapes = (1, 1, 1, 1), (1, 2**19, 1), (1, 1, 1)
+  arrays = [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes]
+  slots_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  select = functools.partial(index_select, top_k=1, implementation="tpu")
+  with pytest.raises(ValueError, match="num_keys=524288"):
+    jax.eval_shape(select, *arrays, slots_BT)
