@@ -23,7 +23,6 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 # Logical axis -> mesh axes, major first. An axis that is not listed is whole.
 RULES = {
   "batch": ("data", "fsdp", "expert"),
-  "expert_batch": ("data", "fsdp"),
   "length": ("context",),
   "queries": ("context", "tensor"),
   "vocab": ("tensor",),
@@ -203,13 +202,6 @@ def shard_call(function, args, in_axes, out_axes):
   return jax.shard_map(
     on_present, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )(*given)
-
-
-def mesh_index(axis: str):
-  """This device's place along a mesh axis; 0 outside shard_call's mesh."""
-  if _active_or_manual() is None:
-    return 0
-  return jax.lax.axis_index(axis)
 
 
 def mesh_sum(x, *axes):

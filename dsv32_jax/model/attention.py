@@ -36,7 +36,9 @@ class Projected(NamedTuple):
   value_up_CHV: jax.Array
 
 
-def expanded(projected, chosen, sight, index, index_key_BSK, *, scale, kernels):
+def expanded(
+  projected, chosen, sight, index, index_key_BSK, *, scale, kernels=None
+):
   """Attends in multi-head form; keys are expanded for every head.
 
   Args:
@@ -78,7 +80,9 @@ def expanded(projected, chosen, sight, index, index_key_BSK, *, scale, kernels):
   )
 
 
-def absorbed(projected, chosen, sight, index, index_key_BSK, *, scale, kernels):
+def absorbed(
+  projected, chosen, sight, index, index_key_BSK, *, scale, kernels=None
+):
   """Attends in multi-query form over the latents; as `expanded`."""
   query_BTHQ = jnp.concatenate(
     [absorb_query(projected), projected.query_rope_BTHR], axis=-1
@@ -100,7 +104,9 @@ def absorbed(projected, chosen, sight, index, index_key_BSK, *, scale, kernels):
   return jnp.einsum("BTHC,CHV->BTHV", out_BTHC, projected.value_up_CHV), kl_BT
 
 
-def gathered(projected, chosen, sight, index, index_key_BSK, *, scale, kernels):
+def gathered(
+  projected, chosen, sight, index, index_key_BSK, *, scale, kernels=None
+):
   """Attends in multi-query form over the selected latents; as `expanded`.
 
   The selection is needed as indices.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dsv32_jax import sharding
 from dsv32_jax.model import attention as attention_lib
 from dsv32_jax.model import config as config_lib
+from dsv32_jax.model import cost_rule
 from dsv32_jax.model import layers
 from dsv32_jax.model import mla
 from dsv32_jax.model import moe
@@ -137,7 +138,11 @@ class Block(nnx.Module):
     normed_BTD = self.ffn_norm(x_BTD)
     routing = None
     if isinstance(self.ffn, moe.MoE):
-      ffn_BTD, routing = self.ffn(normed_BTD, inputs.experts_BTA)
+      ffn_BTD, routing = self.ffn(
+        normed_BTD,
+        inputs.experts_BTA,
+        kernels=cost_rule.choose_kernels(options, x_BTD.shape[1]),
+      )
     else:
       ffn_BTD = self.ffn(normed_BTD)
     x_BTD = sharding.constrain(x_BTD + ffn_BTD, "batch", "length", None)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dsv32_jax import sharding
 from dsv32_jax.model import config as config_lib
+from dsv32_jax.model import expert_exchange
 from dsv32_jax.model import layers
 from pallas_kernels import expert_ffn
 
@@ -173,8 +174,8 @@ class MoE(nnx.Module):
       else None
     )
 
-  def __call__(self, x_BTD, replay_BTA=None):
-    """Returns out_BTD and the Routing."""
+  def __call__(self, x_BTD, replay_BTA=None, *, kernels="xla"):
+    """Returns out_BTD and the Routing; `kernels` as in attention.KERNELS."""
     routing = route(
       x_BTD, self.router[...], self.expert_bias[...], self.config, replay_BTA
     )
@@ -182,40 +183,57 @@ class MoE(nnx.Module):
       x_BTD,
       routing,
       *(w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down)),
+      kernels,
     )
     if self.shared is not None:
       out_BTD = out_BTD + self.shared(x_BTD).astype(jnp.float32)
     return out_BTD.astype(x_BTD.dtype), routing
 
 
-def routed_experts(x_BTD, routing, gate_EDF, up_EDF, down_EFD):
+def routed_experts(x_BTD, routing, gate_EDF, up_EDF, down_EFD, kernels="xla"):
   """Sums the chosen experts' outputs, in float32.
 
-  Each device runs its own experts and hidden columns on the tokens of its
-  `data` and `fsdp` share, and the partial results are summed.
+  Where the mesh splits the experts, tokens travel to them and back; where it
+  splits their hidden columns, partial results are summed.
+
+  Args:
+    x_BTD: normed input.
+    routing: the tokens' Routing.
+    gate_EDF: of all experts; likewise up_EDF, down_EFD.
+    kernels: a name in attention.KERNELS.
   """
   num_experts, _, hidden = gate_EDF.shape
+  on_tpu = kernels == "tpu"
+  implementation = "ragged" if on_tpu else "xla"
 
   def run(x_BTD, experts_BTA, weights_BTA, gate_EDF, up_EDF, down_EFD):
     tokens = x_BTD.shape[0] * x_BTD.shape[1]
-    here = gate_EDF.shape[0]
-    split_axes = []
-    if here < num_experts:
-      split_axes.append("expert")
-      experts_BTA = experts_BTA - sharding.mesh_index("expert") * here
-    if gate_EDF.shape[2] < hidden:
-      split_axes.append("tensor")
-    out_TD = expert_ffn.expert_ffn(
+    rows = (
       x_BTD.reshape(tokens, -1),
       experts_BTA.reshape(tokens, -1),
       weights_BTA.reshape(tokens, -1),
-      gate_EDF,
-      up_EDF,
-      down_EFD,
     )
-    return (sharding.mesh_sum(out_TD.reshape(x_BTD.shape), *split_axes),)
+    matrices = (gate_EDF, up_EDF, down_EFD)
+    devices = num_experts // gate_EDF.shape[0]
+    if devices == 1:
+      out_TD = expert_ffn.expert_ffn(
+        *rows, *matrices, implementation=implementation
+      )
+    else:
+      exchange = expert_exchange.Exchange(
+        axis="expert",
+        devices=devices,
+        capacity=expert_exchange.default_capacity(rows[1].size, devices),
+        ragged=on_tpu,
+        implementation=implementation,
+      )
+      out_TD = expert_exchange.exchanged_experts(exchange, *rows, *matrices)
+    out_BTD = out_TD.reshape(x_BTD.shape)
+    if gate_EDF.shape[2] < hidden:
+      out_BTD = sharding.mesh_sum(out_BTD, "tensor")
+    return (out_BTD,)
 
-  tokens = ("expert_batch", "length", None)
+  tokens = ("batch", "length", None)
   (out_BTD,) = sharding.shard_call(
     run,
     (
