@@ -50,6 +50,10 @@ def main(argv):
   generation, _, shape = _TOPOLOGY.value.partition(":")
   devices = _devices(generation, shape)
   config = config_files.build(run.TrainConfig, flags.FLAGS.config)
+  if generation != "cpu" and config.stage.kernels is None:
+    # The default would be that of the machine that compiles.
+    stage = dataclasses.replace(config.stage, kernels="tpu")
+    config = dataclasses.replace(config, stage=stage)
   hbm = _HBM_BYTES.get(generation)
   report = {
     "topology": _TOPOLOGY.value,

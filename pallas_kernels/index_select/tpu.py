@@ -292,7 +292,7 @@ def _kernel(sizes, given, seen_ref, *refs):
   def _():
     def body(block, _):
       ordered_ZL = jnp.full((BLOCK, LANES), order.HIDDEN, jnp.int32)
-      ordered_ref[_rows(tile * per_tile + block), :] = ordered_ZL
+      ordered_ref[tpu_search.rows(tile * per_tile + block), :] = ordered_ZL
 
     own = jnp.minimum(seen - tile * per_tile, per_tile)
     lax.fori_loop(own, per_tile, body, None)
@@ -300,7 +300,7 @@ def _kernel(sizes, given, seen_ref, *refs):
     def scores(block, _):
       at = tile * per_tile + block
       ordered_ZL = _ordered(sizes, inputs, block, at)
-      ordered_ref[_rows(at), :] = ordered_ZL
+      ordered_ref[tpu_search.rows(at), :] = ordered_ZL
       seen_stats_ref[...] = tpu_search.add_statistics(
         seen_stats_ref[...], ordered_ZL
       )
@@ -324,10 +324,6 @@ class _Inputs(NamedTuple):
   key: jax.Ref
   key_segments: jax.Ref | None
   scale: jax.Ref | None
-
-
-def _rows(block):
-  return pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
 
 
 def _ordered(sizes, inputs, block, at):
@@ -361,7 +357,7 @@ def _scores(sizes, inputs, rows):
   Two products of 128 lanes at a time: the matrix units of some generations are
   256 wide.
   """
-  key_ZK = inputs.key[0, _rows(rows), :].astype(sizes.dtype)
+  key_ZK = inputs.key[0, tpu_search.rows(rows), :].astype(sizes.dtype)
   head_groups = -(-sizes.heads // sizes.groups)
   score_ZL = jnp.zeros((BLOCK, LANES), jnp.float32)
   for first in range(0, head_groups, 2):

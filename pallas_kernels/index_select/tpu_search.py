@@ -17,6 +17,7 @@ Memory: nothing beside the scores but registers.
 """
 # L lanes (group, query), Z rows of a block
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,20 @@ LANES = 128
 BLOCK = 8 * bitmask.BITS
 # Number of visible keys, least and greatest score when none was seen.
 EMPTY_STATISTICS = (0, order.NAN, order.HIDDEN)
+# The code of a score of minus infinity, the least of all scores.
+MINUS_INFINITY = -(2**31) + 2**23 - 1
+
+
+class _Cut(NamedTuple):
+  """What is selected: keys > value, and the first `needed` keys == value.
+
+  All keys == value are selected where there is no tie at the threshold. An
+  invalid row counts as one with a tie, of which nothing is needed.
+  """
+
+  value_1L: jax.Array
+  needed_1L: jax.Array
+  tied_1L: jax.Array
 
 
 class _State(NamedTuple):
@@ -93,13 +108,15 @@ def finish(sizes, seen, ordered_ref, seen_stats_ref, words_ref, stats_ref):
     _State(jnp.int32(0), least_1L, best_1L + 1, count_1L, 0 * count_1L),
   )
   tied_1L = state.at_low_1L != wanted_1L
-  # Of the keys equal to the value, the first `needed` are selected.
   needed_1L = jnp.where(tied_1L, wanted_1L - state.at_high_1L, order.NAN)
-  needed_1L = jnp.where(invalid_1L, 0, needed_1L)
-  value_1L = jnp.where(invalid_1L, order.NAN, state.low_1L)
+  cut = _Cut(
+    value_1L=jnp.where(invalid_1L, order.NAN, state.low_1L),
+    needed_1L=jnp.where(invalid_1L, 0, needed_1L),
+    tied_1L=tied_1L | invalid_1L,
+  )
   top_1L = order.decode(best_1L)
   top_1L = jnp.where(jnp.abs(top_1L) < jnp.inf, top_1L, 0.0)
-  sums = _emit(sizes, seen, ordered_ref, words_ref, value_1L, needed_1L, top_1L)
+  sums = _emit(sizes, seen, ordered_ref, words_ref, cut, top_1L)
   has_1L = (count_1L > 0) & ~invalid_1L
   lse_1L = [jnp.where(has_1L, jnp.log(x) + top_1L, -jnp.inf) for x in sums]
   row_8L = lax.broadcasted_iota(jnp.int32, (8, LANES), 0)
@@ -153,45 +170,69 @@ def _count_from(sizes, num_tiles, ordered_ref, point_1L):
   return over_groups(sizes.queries, jnp.add, count_1L)
 
 
-def _emit(sizes, seen, ordered_ref, words_ref, value_1L, needed_1L, top_1L):
+def _emit(sizes, seen, ordered_ref, words_ref, cut, top_1L):
   """Writes all words; returns the sums of exp(score - top), all and selected.
 
-  A selected key is above the value, or equals it and has fewer than `needed`
-  such keys before it.
+  Without a tie at any query's threshold there are no ranks to count.
   """
+  zeros_8L = jnp.zeros((8, LANES), jnp.float32)
+  carry = jnp.zeros((1, LANES), jnp.int32), zeros_8L, zeros_8L
 
-  def body(block, carry):
-    before_1L, all_8L, selected_8L = carry
-    start = pl.multiple_of(block * BLOCK, BLOCK)
-    ordered_ZL = ordered_ref[pl.ds(start, BLOCK), :]
-    rows = [ordered_ZL[i : i + 8] for i in range(0, BLOCK, 8)]
-    equal_8L = sum((x_8L == value_1L).astype(jnp.int32) for x_8L in rows)
-    rank_8L, total_1L = _ranks(sizes.queries, equal_8L)
-    rank_8L = rank_8L + before_1L
-    words_8L = jnp.zeros((8, LANES), jnp.int32)
-    for bit, x_8L in enumerate(rows):
-      equal = x_8L == value_1L
-      chosen = (x_8L > value_1L) | (equal & (rank_8L < needed_1L))
-      rank_8L = rank_8L + equal.astype(jnp.int32)
-      flag = jnp.uint32(1 << bit).astype(jnp.int32)
-      words_8L = words_8L | jnp.where(chosen, flag, 0)
-      power_8L = jnp.exp(order.decode(x_8L) - top_1L)
-      all_8L = all_8L + jnp.where(x_8L > order.HIDDEN, power_8L, 0.0)
-      selected_8L = selected_8L + jnp.where(chosen, power_8L, 0.0)
-    words_ref[0, 0, _words(block), :] = words_8L
-    return before_1L + total_1L, all_8L, selected_8L
+  def run(ties):
+    def body(block, carry):
+      ordered_ZL = ordered_ref[rows(block), :]
+      words_8L, *carry = _block(sizes, ties, ordered_ZL, cut, top_1L, *carry)
+      words_ref[0, 0, _words(block), :] = words_8L
+      return tuple(carry)
+
+    return lax.fori_loop(0, seen, body, carry)
+
+  any_tie = jnp.max(cut.tied_1L.astype(jnp.int32)) > 0
+  _, *sums = lax.cond(
+    any_tie, functools.partial(run, True), functools.partial(run, False)
+  )
 
   def clear(block, _):
     words_ref[0, 0, _words(block), :] = jnp.zeros((8, LANES), jnp.int32)
 
-  zeros_8L = jnp.zeros((8, LANES), jnp.float32)
-  carry = jnp.zeros((1, LANES), jnp.int32), zeros_8L, zeros_8L
-  _, *sums = lax.fori_loop(0, seen, body, carry)
   lax.fori_loop(seen, words_ref.shape[2] // 8, clear, None)
   return [
     over_groups(sizes.queries, jnp.add, jnp.sum(x, axis=0, keepdims=True))
     for x in sums
   ]
+
+
+def _block(
+  sizes, ties, ordered_ZL, cut, top_1L, before_1L, all_8L, selected_8L
+):
+  """Returns the words of one block and what is carried to the next."""
+  registers = [ordered_ZL[i : i + 8] for i in range(0, BLOCK, 8)]
+  if ties:
+    equal_8L = sum((x == cut.value_1L).astype(jnp.int32) for x in registers)
+    rank_8L, total_1L = _ranks(sizes.queries, equal_8L)
+    rank_8L = rank_8L + before_1L
+    before_1L = before_1L + total_1L
+  words_8L = jnp.zeros((8, LANES), jnp.int32)
+  for bit, ordered_8L in enumerate(registers):
+    if ties:
+      equal = ordered_8L == cut.value_1L
+      chosen = (ordered_8L > cut.value_1L) | (equal & (rank_8L < cut.needed_1L))
+      rank_8L = rank_8L + equal.astype(jnp.int32)
+    else:
+      chosen = ordered_8L >= cut.value_1L
+    flag = jnp.uint32(1 << bit).astype(jnp.int32)
+    words_8L = words_8L | jnp.where(chosen, flag, 0)
+    # A hidden key adds exp(-inf).
+    score_8L = order.decode(jnp.maximum(ordered_8L, MINUS_INFINITY))
+    power_8L = jnp.exp(score_8L - top_1L)
+    all_8L = all_8L + power_8L
+    selected_8L = selected_8L + jnp.where(chosen, power_8L, 0.0)
+  return words_8L, before_1L, all_8L, selected_8L
+
+
+def rows(block):
+  """Returns the rows of one block."""
+  return pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
 
 
 def _words(block):

@@ -5,12 +5,13 @@ with one tile of keys that it needs (see `tpu_tiles`); items of one query tile
 follow one another. For each head of the block: scores = q k^T on the MXU,
 masked if the item is partial, the running maximum, the sum and the output
 rescaled and added to in VMEM; after a query tile's last item the output is
-divided by the sum. Exponentials are powers of two, log2(e) goes into the scale.
-Sums stay apart by lane until the end, so an item has one reduction across
-lanes, the maximum.
+divided by the sum. The scores of the next head are computed before the softmax
+of a head, so that the MXU works while the other units do. Exponentials are
+powers of two, log2(e) goes into the scale. Sums stay apart by lane until the
+end, so an item has one reduction across lanes, the maximum.
 
 Memory of a step: the double-buffered blocks of query, key, value and output,
-the scores and weights of a tile (2 x 4 bytes x queries x keys a head), and
+float32 scores of two heads and the weights of one, queries x keys each, and
 float32 scratch of queries x (V + 256) a head. The pipeline loads the next
 item's blocks during this item's products.
 """
@@ -20,6 +21,7 @@ item's blocks during this item's products.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -37,7 +39,7 @@ LOG2_E = math.log2(math.e)
 LANES = tpu_tiles.LANES
 
 # Largest tiles, and heads of a step.
-_QUERIES, _KEYS, _HEADS = 256, 1024, 2
+_QUERIES, _KEYS, _HEADS = 256, 1024, 4
 
 
 def forward(
@@ -142,80 +144,81 @@ def _grid_spec(sizes, work, heads, key_heads, width, value_width, *, packed):
   )
 
 
-def _kernel(
-  items_N,
-  query_HTQ,
-  key_GSQ,
-  value_GSV,
-  hiding_TJ,
-  out_HTV,
-  lse_HTJ,
-  top_HTJ,
-  sum_HTJ,
-  total_HTV,
-  *,
-  sizes,
-  scale,
-  packed,
-):
+class _Refs(NamedTuple):
+  """Blocks and scratch of a step; top, sum and total are running values."""
+
+  query_HTQ: jax.Array
+  key_GSQ: jax.Array
+  value_GSV: jax.Array
+  hiding_TJ: jax.Array
+  out_HTV: jax.Array
+  lse_HTJ: jax.Array
+  top_HTJ: jax.Array
+  sum_HTJ: jax.Array
+  total_HTV: jax.Array
+
+
+def _kernel(items_N, *blocks, sizes, scale, packed):
   """Works on one item for the heads of a step."""
+  refs = _Refs(*blocks)
   item = items_N[pl.program_id(1)]
   kind = tpu_tiles.kind_of(item)
 
   @pl.when(tpu_tiles.is_first(item))
   def _():
-    top_HTJ[...] = jnp.full(top_HTJ.shape, _FLOOR, jnp.float32)
-    sum_HTJ[...] = jnp.zeros(sum_HTJ.shape, jnp.float32)
-    total_HTV[...] = jnp.zeros(total_HTV.shape, jnp.float32)
-
-  def add_item(hide):
-    for head in range(sizes.heads):
-      key_head = 0 if key_GSQ.shape[0] == 1 else head
-      score_TS = dot(query_HTQ[head], key_GSQ[key_head], (1, 1)) * scale
-      scores = hide(
-        [
-          score_TS[:, start : start + LANES]
-          for start in range(0, sizes.keys, LANES)
-        ]
-      )
-      _add_head(
-        scores,
-        value_GSV[key_head],
-        top_HTJ.at[head],
-        sum_HTJ.at[head],
-        total_HTV.at[head],
-      )
+    refs.top_HTJ[...] = jnp.full(refs.top_HTJ.shape, _FLOOR, jnp.float32)
+    refs.sum_HTJ[...] = jnp.zeros(refs.sum_HTJ.shape, jnp.float32)
+    refs.total_HTV[...] = jnp.zeros(refs.total_HTV.shape, jnp.float32)
 
   @pl.when(kind == tpu_tiles.WHOLE)
   def _():
-    add_item(lambda scores: scores)
+    _add_item(refs, scale, lambda scores: scores)
 
   @pl.when(kind == tpu_tiles.PARTIAL)
   def _():
-    seen = _seen(sizes, item, hiding_TJ, packed)
-    add_item(
+    seen = _seen(sizes, item, refs.hiding_TJ[...], packed)
+    _add_item(
+      refs,
+      scale,
       lambda scores: [
         jnp.where(seen(n), score_TJ, HIDDEN)
         for n, score_TJ in enumerate(scores)
-      ]
+      ],
     )
 
   @pl.when(tpu_tiles.is_last(item))
   def _():
     for head in range(sizes.heads):
-      _finish_head(
-        out_HTV.at[head],
-        lse_HTJ.at[head],
-        top_HTJ[head],
-        sum_HTJ[head],
-        total_HTV[head],
-      )
+      _finish_head(refs, head)
 
 
-def _seen(sizes, item, hiding_TJ, packed):
+def _add_item(refs, scale, hide):
+  """Adds a tile to the running values of all heads of a step.
+
+  A head's scores come before the softmax of the head before it, so that
+  products and elementwise work are scheduled together.
+  """
+  heads = refs.query_HTQ.shape[0]
+  shared = refs.key_GSQ.shape[0] == 1
+
+  def scores_of(head):
+    key_SQ = refs.key_GSQ[0 if shared else head]
+    score_TS = dot(refs.query_HTQ[head], key_SQ, (1, 1)) * scale
+    starts = range(0, score_TS.shape[1], LANES)
+    return hide([score_TS[:, at : at + LANES] for at in starts])
+
+  next_scores = scores_of(0)
+  for head in range(heads):
+    scores = next_scores
+    if head + 1 < heads:
+      next_scores = scores_of(head + 1)
+    value_SV = refs.value_GSV[0 if shared else head]
+    _add_head(refs, head, scores, value_SV)
+
+
+def _seen(sizes, item, hiding, packed):
   """Returns seen(n), the bool [T,J] of the n-th 128 keys of an item's tile."""
   tile = tpu_tiles.column_of(item)
-  hiding = hiding_TJ[...]
   if packed:
     start = lax.rem(tile, sizes.span_tiles) * (sizes.keys // LANES)
     return lambda n: hiding & (jnp.int32(1) << (start + n)) != 0
@@ -225,36 +228,38 @@ def _seen(sizes, item, hiding_TJ, packed):
   return lambda n: room_TJ >= tile * sizes.keys + n * LANES
 
 
-def _add_head(scores, value_SV, top_TJ, sum_TJ, total_TV):
+def _add_head(refs, head, scores, value_SV):
   """Adds a tile to one head's running maximum, sum and output."""
   highest_TJ = functools.reduce(jnp.maximum, scores)
-  old_top_TJ = top_TJ[...]
+  old_top_TJ = refs.top_HTJ[head]
   new_top_TJ = jnp.maximum(
     old_top_TJ, jnp.max(highest_TJ, axis=1, keepdims=True)
   )
   shrink_TJ = jnp.exp2(old_top_TJ - new_top_TJ)
   weights = [jnp.exp2(score_TJ - new_top_TJ) for score_TJ in scores]
-  top_TJ[...] = new_top_TJ
-  sum_TJ[...] = sum_TJ[...] * shrink_TJ + functools.reduce(jnp.add, weights)
+  refs.top_HTJ[head] = new_top_TJ
+  refs.sum_HTJ[head] = refs.sum_HTJ[head] * shrink_TJ + functools.reduce(
+    jnp.add, weights
+  )
   weight_TS = jnp.concatenate(weights, axis=1).astype(value_SV.dtype)
   added_TV = dot(weight_TS, value_SV, (1, 0))
-  width = value_SV.shape[1]
-  total_TV[...] = total_TV[...] * across(shrink_TJ, width) + added_TV
+  shrink_TV = across(shrink_TJ, value_SV.shape[1])
+  refs.total_HTV[head] = refs.total_HTV[head] * shrink_TV + added_TV
 
 
-def _finish_head(out_TV, lse_TJ, top_TJ, sum_TJ, total_TV):
+def _finish_head(refs, head):
   """Writes the output and the log-sum-exp of one head."""
+  sum_TJ = refs.sum_HTJ[head]
   sum_TJ = jnp.broadcast_to(
     jnp.sum(sum_TJ, axis=1, keepdims=True), sum_TJ.shape
   )
   # NaN scores must stay NaN: only an exact zero means that nothing was seen.
   empty_TJ = sum_TJ == 0.0
   safe_TJ = jnp.where(empty_TJ, 1.0, sum_TJ)
-  lse_TJ[...] = jnp.where(
-    empty_TJ, -jnp.inf, top_TJ * (1.0 / LOG2_E) + jnp.log(safe_TJ)
-  )
-  width = out_TV.shape[1]
-  out_TV[...] = (total_TV / across(safe_TJ, width)).astype(out_TV.dtype)
+  lse_TJ = refs.top_HTJ[head] * (1.0 / LOG2_E) + jnp.log(safe_TJ)
+  refs.lse_HTJ[head] = jnp.where(empty_TJ, -jnp.inf, lse_TJ)
+  out_TV = refs.total_HTV[head] / across(safe_TJ, refs.out_HTV.shape[2])
+  refs.out_HTV[head] = out_TV.astype(refs.out_HTV.dtype)
 
 
 def dot(left, right, axes):

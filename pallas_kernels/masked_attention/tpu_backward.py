@@ -14,9 +14,9 @@ element.
 Memory of a step: the double-buffered blocks of query, key, value, d_out and the
 gradients of key and value, four float32 tiles of keys x queries a head, scratch
 of keys x (Q + V) float32 a head, and twice the d_query of all queries of a
-head; so a call takes at most 8192 queries, and more are cut in several calls
-whose gradients of keys are added up. Where heads share a key head each block of
-heads writes its own float32 gradient of it.
+head; so a call takes at most 8 MiB of it (8192 queries of 192), and more are
+cut in several calls whose gradients of keys are added up in float32. Where
+heads share a key head, each block of heads writes its own float32 gradient.
 """
 # B batch, T queries, S keys, H heads, G key heads (1 or H), Q query and key
 # width, V value width, R query tiles, C key tiles, D two rows: lse and mean. In
@@ -24,6 +24,7 @@ heads writes its own float32 gradient of it.
 # 128 lanes, N items.
 
 import functools
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -36,9 +37,9 @@ from pallas_kernels.masked_attention import tpu_tiles
 
 LANES = tpu_tiles.LANES
 
-# Largest tiles, heads of a step, and queries of a call.
+# Largest tiles, heads of a step, and bytes of a head's d_query in VMEM.
 _QUERIES, _KEYS, _HEADS = 256, 1024, 1
-_CALL_QUERIES = 8192
+_D_QUERY_BYTES = 2**23
 
 
 def backward(
@@ -54,21 +55,28 @@ def backward(
   interpret=False,
 ):
   """Returns the gradients of query, key and value in their dtypes."""
-  slots_BT, mask_BTW, segments_BT, key_segments_BS = visible
+  *visible_BT, key_segments_BS = visible
   mean_BTH = jnp.sum(
     d_out_BTHV.astype(jnp.float32) * out_BTHV.astype(jnp.float32), axis=-1
   )
+  arrays_BT = (query_BTHQ, d_out_BTHV, lse_BTH, mean_BTH, *visible_BT)
+  queries, width = query_BTHQ.shape[1], query_BTHQ.shape[3]
+  row_bytes = 4 * LANES * -(-width // LANES)
+  most = max(1, _D_QUERY_BYTES // (row_bytes * _QUERIES)) * _QUERIES
+  # What several blocks of heads or calls add up stays float32 until the end.
+  summed = key_BSGQ.shape[2] == 1 or queries > most
   calls = []
-  for start in range(0, query_BTHQ.shape[1], _CALL_QUERIES):
-    cut = lambda x, at=slice(start, start + _CALL_QUERIES): (
-      None if x is None else x[:, at]
-    )  # fmt: skip
+  for start in range(0, queries, most):
+    query, d_out, lse, mean, *cut_visible = (
+      None if x is None else x[:, start : start + most] for x in arrays_BT
+    )
     calls.append(
       _call(
-        (cut(query_BTHQ), key_BSGQ, value_BSGV, cut(d_out_BTHV)),
-        (cut(lse_BTH), cut(mean_BTH)),
-        (cut(slots_BT), cut(mask_BTW), cut(segments_BT), key_segments_BS),
+        (query, key_BSGQ, value_BSGV, d_out),
+        (lse, mean),
+        (*cut_visible, key_segments_BS),
         scale,
+        (jnp.float32,) * 2 if summed else (key_BSGQ.dtype, value_BSGV.dtype),
         interpret,
       )
     )
@@ -80,71 +88,36 @@ def backward(
   )
 
 
-def _call(arrays, statistics, visible, scale, interpret):
-  """Returns the gradients from at most `_CALL_QUERIES` queries.
+def _call(arrays, statistics, visible, scale, dtypes, interpret):
+  """Returns the gradients from the queries of one call.
 
   Args:
     arrays: query, key, value and d_out.
     statistics: lse and mean, float32 [B,T,H].
     visible: as the front has it.
     scale: factor of the scores.
+    dtypes: of the gradients of key and value; that of query is float32.
     interpret: as `pallas_call` takes it.
   """
   query_BTHQ, key_BSGQ, value_BSGV, d_out_BTHV = arrays
-  batch, queries, heads, width = query_BTHQ.shape
+  queries, heads, width = query_BTHQ.shape[1:]
   num_keys, key_heads, value_width = value_BSGV.shape[1:]
   sizes = tpu_tiles.choose_sizes(
     query_BTHQ.shape, num_keys, _QUERIES, _KEYS, _HEADS
   )
-  slots_BT = tpu_tiles.padded_slots(sizes, visible[0], num_keys)
-  words_BTUJ = tpu_tiles.span_words(
-    sizes, slots_BT, num_keys, visible, interpret
-  )
-  kinds_BRC = tpu_tiles.kinds(sizes, slots_BT, words_BTUJ).reshape(
-    batch, sizes.query_tiles, sizes.key_tiles
-  )
-  work = tpu_tiles.list_work(
-    kinds_BRC.swapaxes(1, 2).reshape(-1, sizes.query_tiles)
-  )
-  if words_BTUJ is None:
-    hiding = slots_BT.reshape(-1, 1, sizes.queries)
-  else:
-    hiding = words_BTUJ.transpose(0, 2, 3, 1).reshape(-1, slots_BT.shape[1])
-  lse_BTH, mean_BTH = statistics
-  # An unseen query has lse -inf; with 0 its hidden scores still give exp 0.
-  lse_BTH = jnp.where(jnp.isneginf(lse_BTH), 0.0, lse_BTH) * tpu.LOG2_E
-  rows_HRDT = (
-    tpu_tiles.head_major(
-      jnp.stack((lse_BTH, mean_BTH), axis=-1), sizes.query_tiles, sizes.queries
-    )
-    .reshape(heads, -1, sizes.queries, 2)
-    .swapaxes(2, 3)
-  )
-  shared = key_heads == 1
-  blocks = heads // sizes.heads if shared else heads
-  exact = jnp.float32 if shared or queries_cut(queries) else None
-  padded_keys = sizes.key_tiles * sizes.keys
+  work, hiding, packed = _list_work(sizes, num_keys, visible, interpret)
+  rows = sizes.batch * sizes.query_tiles * sizes.queries
+  columns = sizes.batch * sizes.key_tiles * sizes.keys
+  blocks = heads // sizes.heads if key_heads == 1 else heads
   d_query_HTQ, d_key_GSQ, d_value_GSV = pl.pallas_call(
-    functools.partial(
-      _kernel, sizes=sizes, scale=scale, packed=words_BTUJ is not None
-    ),
+    functools.partial(_kernel, sizes=sizes, scale=scale, packed=packed),
     grid_spec=_grid_spec(
-      sizes,
-      work,
-      heads,
-      key_heads,
-      width,
-      value_width,
-      packed=words_BTUJ is not None,
+      sizes, work, heads, key_heads, width, value_width, packed=packed
     ),
     out_shape=(
-      jax.ShapeDtypeStruct((heads, slots_BT.size, width), jnp.float32),
-      jax.ShapeDtypeStruct(
-        (blocks, batch * padded_keys, width), exact or key_BSGQ.dtype
-      ),
-      jax.ShapeDtypeStruct(
-        (blocks, batch * padded_keys, value_width), exact or value_BSGV.dtype
-      ),
+      jax.ShapeDtypeStruct((heads, rows, width), jnp.float32),
+      jax.ShapeDtypeStruct((blocks, columns, width), dtypes[0]),
+      jax.ShapeDtypeStruct((blocks, columns, value_width), dtypes[1]),
     ),
     compiler_params=tpu.compiler_params(),
     interpret=interpret,
@@ -155,22 +128,49 @@ def _call(arrays, statistics, visible, scale, interpret):
     tpu_tiles.head_major(key_BSGQ, sizes.key_tiles, sizes.keys),
     tpu_tiles.head_major(value_BSGV, sizes.key_tiles, sizes.keys),
     tpu_tiles.head_major(d_out_BTHV, sizes.query_tiles, sizes.queries),
-    rows_HRDT,
+    _rows(sizes, *statistics),
     hiding,
   )
-  if shared:
+  if key_heads == 1:
     d_key_GSQ = jnp.sum(d_key_GSQ, axis=0, keepdims=True)
     d_value_GSV = jnp.sum(d_value_GSV, axis=0, keepdims=True)
   return (
-    tpu_tiles.batch_major(d_query_HTQ, batch, queries) * scale,
-    tpu_tiles.batch_major(d_key_GSQ, batch, num_keys),
-    tpu_tiles.batch_major(d_value_GSV, batch, num_keys),
+    tpu_tiles.batch_major(d_query_HTQ, sizes.batch, queries) * scale,
+    tpu_tiles.batch_major(d_key_GSQ, sizes.batch, num_keys),
+    tpu_tiles.batch_major(d_value_GSV, sizes.batch, num_keys),
   )
 
 
-def queries_cut(queries):
-  """Whether that many queries take several calls."""
-  return queries > _CALL_QUERIES
+def _list_work(sizes, num_keys, visible, interpret):
+  """Returns the work by key tile, what hides keys, and whether it is packed."""
+  slots_BT = tpu_tiles.padded_slots(sizes, visible[0], num_keys)
+  words_BTUJ = tpu_tiles.span_words(
+    sizes, slots_BT, num_keys, visible, interpret
+  )
+  kinds_BRC = tpu_tiles.kinds(sizes, slots_BT, words_BTUJ).reshape(
+    sizes.batch, sizes.query_tiles, sizes.key_tiles
+  )
+  work = tpu_tiles.list_work(
+    kinds_BRC.swapaxes(1, 2).reshape(-1, sizes.query_tiles)
+  )
+  if words_BTUJ is None:
+    return work, slots_BT.reshape(-1, 1, sizes.queries), False
+  words_BUJT = words_BTUJ.transpose(0, 2, 3, 1)
+  return work, words_BUJT.reshape(-1, slots_BT.shape[1]), True
+
+
+def _rows(sizes, lse_BTH, mean_BTH):
+  """Lays lse, in powers of two, and mean along lanes: float32 [H,R,D,T]."""
+  # An unseen query has lse -inf; with 0 its hidden scores still give exp 0.
+  lse_BTH = jnp.where(jnp.isneginf(lse_BTH), 0.0, lse_BTH) * tpu.LOG2_E
+  missing = sizes.query_tiles * sizes.queries - lse_BTH.shape[1]
+  rows_DBTH = jnp.pad(
+    jnp.stack((lse_BTH, mean_BTH)), ((0, 0), (0, 0), (0, missing), (0, 0))
+  )
+  rows_HDBT = rows_DBTH.transpose(3, 0, 1, 2)
+  return rows_HDBT.reshape(*rows_HDBT.shape[:2], -1, sizes.queries).swapaxes(
+    1, 2
+  )
 
 
 def _grid_spec(sizes, work, heads, key_heads, width, value_width, *, packed):
@@ -185,24 +185,23 @@ def _grid_spec(sizes, work, heads, key_heads, width, value_width, *, packed):
   def query_tile(item):
     return batch_of(item) * sizes.query_tiles + tpu_tiles.column_of(item)
 
-  def query_index(h, n, items_N):
-    return h, query_tile(items_N[n]), 0
-
   def rows_index(h, n, items_N):
     return h, query_tile(items_N[n]), 0, 0
 
-  def key_index(h, n, items_N):
-    return 0 if key_heads == 1 else h, tpu_tiles.row_of(items_N[n]), 0
+  def query_index(h, n, items_N):
+    return rows_index(h, n, items_N)[:3]
 
   def d_key_index(h, n, items_N):
     return h, tpu_tiles.row_of(items_N[n]), 0
+
+  def key_index(h, n, items_N):
+    return d_key_index(0 if key_heads == 1 else h, n, items_N)
 
   def d_query_index(h, n, items_N):
     return h, batch_of(items_N[n]), 0
 
   def slots_index(h, n, items_N):
-    del h
-    return query_tile(items_N[n]), 0, 0
+    return rows_index(h, n, items_N)[1:]
 
   def words_index(h, n, items_N):
     del h
@@ -238,69 +237,74 @@ def _grid_spec(sizes, work, heads, key_heads, width, value_width, *, packed):
   )
 
 
-def _kernel(
-  items_N,
-  query_HTQ,
-  key_GSQ,
-  value_GSV,
-  d_out_HTV,
-  rows_HDT,
-  hiding,
-  d_query_HTQ,
-  d_key_GSQ,
-  d_value_GSV,
-  key_sum_GSQ,
-  value_sum_GSV,
-  *,
-  sizes,
-  scale,
-  packed,
-):
+class _Refs(NamedTuple):
+  """Blocks and scratch of a step."""
+
+  query_HTQ: jax.Array
+  key_GSQ: jax.Array
+  value_GSV: jax.Array
+  d_out_HTV: jax.Array
+  rows_HDT: jax.Array
+  hiding: jax.Array
+  d_query_HTQ: jax.Array
+  d_key_GSQ: jax.Array
+  d_value_GSV: jax.Array
+  key_sum_GSQ: jax.Array
+  value_sum_GSV: jax.Array
+
+
+def _kernel(items_N, *blocks, sizes, scale, packed):
   """Works on one item for the heads of a step."""
+  refs = _Refs(*blocks)
   item = items_N[pl.program_id(1)]
   kind = tpu_tiles.kind_of(item)
   tile = lax.rem(tpu_tiles.row_of(item), sizes.key_tiles)
   first = tpu_tiles.is_first(item)
+  start = tpu_tiles.column_of(item) * sizes.queries
+  at = pl.ds(pl.multiple_of(start, sizes.queries), sizes.queries)
 
   @pl.when(first & (tile == 0))
   def _():
-    d_query_HTQ[...] = jnp.zeros(d_query_HTQ.shape, jnp.float32)
+    refs.d_query_HTQ[...] = jnp.zeros(refs.d_query_HTQ.shape, jnp.float32)
 
   @pl.when(first)
   def _():
-    key_sum_GSQ[...] = jnp.zeros(key_sum_GSQ.shape, jnp.float32)
-    value_sum_GSV[...] = jnp.zeros(value_sum_GSV.shape, jnp.float32)
-
-  def add_item(hide):
-    start = tpu_tiles.column_of(item) * sizes.queries
-    at = pl.ds(pl.multiple_of(start, sizes.queries), sizes.queries)
-    for head in range(sizes.heads):
-      key_head = 0 if key_GSQ.shape[0] == 1 else head
-      d_query_TQ, d_key_SQ, d_value_SV = _gradients(
-        query_HTQ[head],
-        key_GSQ[key_head],
-        value_GSV[key_head],
-        d_out_HTV[head],
-        rows_HDT[head],
-        scale * tpu.LOG2_E,
-        hide,
-      )
-      d_query_HTQ[head, at, :] += d_query_TQ
-      key_sum_GSQ[key_head] += d_key_SQ
-      value_sum_GSV[key_head] += d_value_SV
+    for sum_ref in (refs.key_sum_GSQ, refs.value_sum_GSV):
+      sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
   @pl.when(kind == tpu_tiles.WHOLE)
   def _():
-    add_item(lambda score_ST: score_ST)
+    _add_item(refs, at, scale, lambda score_ST: score_ST)
 
   @pl.when(kind == tpu_tiles.PARTIAL)
   def _():
-    add_item(lambda score_ST: _hide(sizes, tile, hiding[...], packed, score_ST))
+    hide = functools.partial(_hide, sizes, tile, refs.hiding[...], packed)
+    _add_item(refs, at, scale, hide)
 
   @pl.when(tpu_tiles.is_last(item))
   def _():
-    d_key_GSQ[...] = (key_sum_GSQ[...] * scale).astype(d_key_GSQ.dtype)
-    d_value_GSV[...] = value_sum_GSV[...].astype(d_value_GSV.dtype)
+    d_key_GSQ = refs.key_sum_GSQ[...] * scale
+    refs.d_key_GSQ[...] = d_key_GSQ.astype(refs.d_key_GSQ.dtype)
+    d_value_GSV = refs.value_sum_GSV[...]
+    refs.d_value_GSV[...] = d_value_GSV.astype(refs.d_value_GSV.dtype)
+
+
+def _add_item(refs, at, scale, hide):
+  """Adds a tile's share to the gradients of all heads of a step."""
+  for head in range(refs.query_HTQ.shape[0]):
+    key_head = 0 if refs.key_GSQ.shape[0] == 1 else head
+    d_query_TQ, d_key_SQ, d_value_SV = _gradients(
+      refs.query_HTQ[head],
+      refs.key_GSQ[key_head],
+      refs.value_GSV[key_head],
+      refs.d_out_HTV[head],
+      refs.rows_HDT[head],
+      scale * tpu.LOG2_E,
+      hide,
+    )
+    refs.d_query_HTQ[head, at, :] += d_query_TQ
+    refs.key_sum_GSQ[key_head] += d_key_SQ
+    refs.value_sum_GSV[key_head] += d_value_SV
 
 
 def _gradients(query_TQ, key_SQ, value_SV, d_out_TV, rows_DT, scale, hide):

@@ -8,13 +8,32 @@ key [latent | rope] and one value, the latent, for all heads, gathered by index.
 import functools
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels.sparse_mla import ref
+from pallas_kernels.sparse_mla import tpu
+from pallas_kernels.sparse_mla import tpu_backward
 from pallas_kernels.sparse_mla import xla
 
-_FORWARD = {"ref": ref.forward, "xla": xla.forward}
-_BACKWARD = {"ref": ref.backward, "xla": xla.backward}
+# Finds races; memory reads as NaN until it is written.
+_INTERPRET = pltpu.InterpretParams(
+  detect_races=True, uninitialized_memory="nan"
+)
+_FORWARD = {
+  "ref": ref.forward,
+  "xla": xla.forward,
+  "tpu": tpu.forward,
+  "tpu_interpret": functools.partial(tpu.forward, interpret=_INTERPRET),
+}
+_BACKWARD = {
+  "ref": ref.backward,
+  "xla": xla.backward,
+  "tpu": tpu_backward.backward,
+  "tpu_interpret": functools.partial(
+    tpu_backward.backward, interpret=_INTERPRET
+  ),
+}
 
 
 def sparse_mla(
@@ -40,7 +59,9 @@ def sparse_mla(
     indices_BTN: int32 selected keys in [0, S); -1 contributes nothing. A key
       that is listed twice counts twice.
     scale: factor of the scores.
-    implementation: "ref", "xla" or None, which is "xla".
+    implementation: "ref", the definition; "xla", plain XLA; "tpu", kernels for
+      a TPU core, bfloat16 only; "tpu_interpret", the same kernels interpreted
+      on any device, slowly, with checks for races; or None, which is "xla".
 
   Returns:
     (out_latent_BTHC in the dtype of latent, lse_BTH float32). A query whose

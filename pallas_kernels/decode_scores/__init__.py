@@ -1,0 +1,95 @@
+"""Index scores of one query a request against its pages of 8-bit keys.
+
+score[s] = scale[s] * sum_i weight[i] * relu(query[i] . key[s]) in float32
+(DeepSeek-V3.2 eq. 1) for every key of a request, through its page table.
+"""
+# B requests, N pages of a request, P pages of the cache, Z keys of a page,
+# S keys of a request (N*Z), I index heads, K index width
+
+import functools
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from pallas_kernels.decode_scores import ref
+from pallas_kernels.decode_scores import tpu
+from pallas_kernels.decode_scores import xla
+
+__all__ = ["decode_scores"]
+
+
+def decode_scores(
+  query_BIK,
+  weight_BI,
+  page_PZK,
+  scale_PZ,
+  table_BN,
+  lengths_B,
+  *,
+  implementation=None,
+):
+  """Scores all cached keys of each request.
+
+  Args:
+    query_BIK: one index query a request; float8_e4m3fn values are allowed.
+    weight_BI: the weight of each head with every scale factor inside.
+    page_PZK: float8_e4m3fn keys of all requests, by page.
+    scale_PZ: float32 factor of each key's scores.
+    table_BN: int32 page of each request's keys n*Z to n*Z + Z - 1. Entries past
+      the length are not used and may hold anything.
+    lengths_B: int32 number of keys of each request, at most N*Z.
+    implementation: "ref", the definition; "xla", plain XLA over chunks of
+      pages; "tpu", a TPU kernel that copies pages as it goes; "tpu_interpret",
+      that kernel interpreted on any device, with uninitialised memory poisoned
+      and races reported; or None for the default, "xla".
+
+  Returns:
+    float32 scores [B, N*Z]; -inf at and past the length.
+
+  Raises:
+    ValueError: shapes that do not fit, or an unknown implementation.
+  """
+  _check(query_BIK, weight_BI, page_PZK, scale_PZ, table_BN, lengths_B)
+  interpret = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan"
+  )
+  implementations = {
+    "ref": ref.scores,
+    "xla": xla.scores,
+    "tpu": tpu.scores,
+    "tpu_interpret": functools.partial(tpu.scores, interpret=interpret),
+  }
+  name = "xla" if implementation is None else implementation
+  if name not in implementations:
+    raise ValueError(f"{implementation=} is not one of {list(implementations)}")
+  keys = page_PZK.shape[1] * table_BN.shape[1]
+  lengths_B = jnp.clip(lengths_B.astype(jnp.int32), 0, keys)
+  used_BN = jnp.arange(keys)[:: page_PZK.shape[1]] < lengths_B[:, None]
+  table_BN = jnp.where(used_BN, table_BN, 0).astype(jnp.int32)
+  return implementations[name](
+    query_BIK, weight_BI, page_PZK, scale_PZ, table_BN, lengths_B
+  )
+
+
+def _check(query_BIK, weight_BI, page_PZK, scale_PZ, table_BN, lengths_B):
+  if query_BIK.ndim != 3 or page_PZK.ndim != 3 or table_BN.ndim != 2:
+    raise ValueError(
+      f"{query_BIK.shape=} {page_PZK.shape=} {table_BN.shape=} need 3, 3 and 2"
+      " axes"
+    )
+  if page_PZK.shape[2] != query_BIK.shape[2]:
+    raise ValueError(f"{page_PZK.shape=} does not fit {query_BIK.shape=}")
+  if page_PZK.dtype != jnp.float8_e4m3fn:
+    raise ValueError(f"{page_PZK.dtype=} must be float8_e4m3fn")
+  if weight_BI.shape != query_BIK.shape[:2]:
+    raise ValueError(f"{weight_BI.shape=} does not fit {query_BIK.shape=}")
+  if scale_PZ.shape != page_PZK.shape[:2]:
+    raise ValueError(f"{scale_PZ.shape=} does not fit {page_PZK.shape=}")
+  if lengths_B.shape != query_BIK.shape[:1]:
+    raise ValueError(f"{lengths_B.shape=} does not fit {query_BIK.shape=}")
+  if table_BN.shape[0] != query_BIK.shape[0]:
+    raise ValueError(f"{table_BN.shape=} does not fit {query_BIK.shape=}")
+  for x in (table_BN, lengths_B):
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      raise ValueError(f"{x.dtype=} must be an integer type")

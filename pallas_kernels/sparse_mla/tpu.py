@@ -1,0 +1,239 @@
+"""Gathered attention on a TPU core, whose memory holds all keys.
+
+The table of packed keys stays in vector memory (1536 bytes a key). A grid step
+takes two queries in turn. While one is computed from its gathered rows, those
+of the next are gathered into the other buffer, a piece after any two pieces of
+the computation, so that scalar and vector units copy while the matrix units
+multiply. Index lists come to scalar memory by copies started a query ahead, at
+the seams between queries, for a copy's start or wait is a seam itself.
+
+A query: its rows are unpacked and multiplied with the queries of all heads, a
+chunk of 512 keys at a time; one softmax over all N scores, which are kept; the
+weights times the latents, chunk by chunk. The latents are unpacked once more
+for that: stores are scarce, as the gathering needs them.
+
+Memory beside the table, at 128 heads and N = 2048: two buffers of 3 MB of
+rows, 1 MB of scores and half of weights, 0.6 MB of queries and results, twice
+for the pipeline.
+"""
+# B batch, T queries, S keys, H heads, C latent width, R rope width, P padded
+# width of a key, N selected, L lanes (128), I items (two a grid step)
+
+import functools
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from pallas_kernels.sparse_mla import tpu_pieces as pieces
+from pallas_kernels.sparse_mla import tpu_plan as plans
+from pallas_kernels.sparse_mla import tpu_rows as rows
+from pallas_kernels.sparse_mla import tpu_segments as segments
+
+# Vector memory beside the table.
+_ROOM = 15 * 2**20
+# Queries whose parts by segment are kept at a time.
+_QUERIES = 1024
+
+
+def forward(
+  query_latent_BTHC,
+  query_rope_BTHR,
+  latent_BSC,
+  key_rope_BSR,
+  indices_BTN,
+  scale,
+  *,
+  interpret=False,
+  chip=None,
+):
+  """Returns (out_latent_BTHC, lse_BTH); see the front for what they are.
+
+  Args:
+    query_latent_BTHC, query_rope_BTHR, latent_BSC, key_rope_BSR, indices_BTN,
+      scale: as in the front.
+    interpret: False, or parameters of the TPU interpreter.
+    chip: which generation to run on; None asks the default device.
+  """
+  _check(query_latent_BTHC, query_rope_BTHR, latent_BSC, key_rope_BSR)
+  batch, queries, heads, latent = query_latent_BTHC.shape
+  keys = latent_BSC.shape[1]
+  chip = chip or rows.this_chip()
+  if keys > chip.forward_keys:
+    return _by_segments(
+      interpret,
+      scale,
+      chip,
+      (query_latent_BTHC, query_rope_BTHR, indices_BTN),
+      (latent_BSC, key_rope_BSR),
+    )
+  query_HC, query_HL = rows.arrange_queries(
+    query_latent_BTHC, query_rope_BTHR, 16
+  )
+  plan = plans.plan_queries(indices_BTN, keys, rows.num_words(latent))
+  table_BXL = rows.pack(latent_BSC, key_rope_BSR)
+  out_IHC, lse_I1H = _attend(
+    interpret, scale, chip, plan, table_BXL, query_HC, query_HL
+  )
+  out = out_IHC.reshape(batch, -1, *out_IHC.shape[1:])
+  lse = lse_I1H.reshape(batch, -1, lse_I1H.shape[2])
+  return out[:, :queries, :heads, :latent], lse[:, :queries, :heads]
+
+
+def _check(query_latent_BTHC, query_rope_BTHR, latent_BSC, key_rope_BSR):
+  """Raises ValueError unless all arrays are bfloat16 and the rope fits."""
+  for array in (query_latent_BTHC, query_rope_BTHR, latent_BSC, key_rope_BSR):
+    if array.dtype != jnp.bfloat16:
+      raise ValueError(f"{array.dtype=} must be bfloat16 on a TPU")
+  rope = key_rope_BSR.shape[-1]
+  if rope >= rows.LANES:
+    raise ValueError(f"{rope=} must be below {rows.LANES} on a TPU")
+
+
+def _by_segments(interpret, scale, chip, query_arrays, key_arrays):
+  queries, heads, latent = query_arrays[0].shape[1:]
+  words = rows.num_words(latent)
+  count, size = segments.split(key_arrays[0].shape[1], chip.forward_keys)
+  tables_BGXL = segments.segment_tables(*key_arrays, count, size)
+  chunks = [
+    segments.by_chunks(array, _QUERIES, fill)
+    for array, fill in zip(query_arrays, (0, 0, -1))
+  ]
+
+  def batch_entry(inputs):
+    table_GXL, *chunks_KTX = inputs
+
+    def chunk(inputs):
+      query_THC, query_THR, indices_TN = inputs
+      cut = segments.cut_lists(indices_TN, count, size, words)
+      arranged = rows.arrange_queries(query_THC[None], query_THR[None], 16)
+      parts = _attend(interpret, scale, chip, cut.plan, table_GXL, *arranged)
+      out_THC, lse_TH = segments.merge(cut, *parts)
+      return out_THC[:, :heads, :latent], lse_TH[:, :heads]
+
+    return lax.map(chunk, tuple(chunks_KTX))
+
+  out, lse = lax.map(batch_entry, (tables_BGXL, *chunks))
+  return (
+    segments.from_chunks(out, queries),
+    segments.from_chunks(lse, queries),
+  )
+
+
+def _attend(interpret, scale, chip, plan, table_BXL, query_latent, query_rope):
+  """Returns (out, lse) of each item, from queries flat over the batch."""
+  heads, wide = query_latent.shape[1:]
+  selected = plan.offsets.shape[-1]
+  words = wide // (2 * rows.LANES) + 1
+  raw_scratch = pltpu.VMEM((words * selected, rows.LANES), jnp.int32)
+  items = 2 * plan.items * plan.num_steps
+  return pl.pallas_call(
+    functools.partial(_kernel, plan, scale, chip.pairs),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(plan.num_steps,),
+      in_specs=[
+        pl.BlockSpec(memory_space=pl.ANY),
+        plans.table_spec(plan, table_BXL),
+        plans.query_specs(plan, (heads, wide)),
+        plans.query_specs(plan, (heads, rows.LANES)),
+      ],
+      out_specs=[
+        pl.BlockSpec((2 * plan.items, heads, wide), lambda j, m: (j, 0, 0)),
+        pl.BlockSpec((2 * plan.items, 1, heads), lambda j, m: (j, 0, 0)),
+      ],
+      scratch_shapes=[
+        [pltpu.SMEM((1, selected), jnp.int32)] * 2,
+        [raw_scratch] * 2,
+        pltpu.SemaphoreType.DMA((2,)),
+      ],
+    ),
+    out_shape=[
+      jax.ShapeDtypeStruct((items, heads, wide), jnp.bfloat16),
+      jax.ShapeDtypeStruct((items, 1, heads), jnp.float32),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("arbitrary",),
+      vmem_limit_bytes=4 * table_BXL[0].size + _ROOM,
+      disable_bounds_checks=True,
+    ),
+    interpret=interpret,
+    name="sparse_mla",
+  )(
+    plan.meta,
+    plan.offsets,
+    table_BXL,
+    [query_latent] * (2 * plan.items),
+    [query_rope] * (2 * plan.items),
+  )
+
+
+def _kernel(
+  plan,
+  scale,
+  pairs,
+  meta_ref,
+  offsets_ref,
+  table_ref,
+  query_refs,
+  query_rope_refs,
+  out_ref,
+  lse_ref,
+  list_refs,
+  raw_refs,
+  semaphores,
+):
+  step = pl.program_id(0)
+  words = raw_refs[0].shape[0] // list_refs[0].shape[1]
+
+  def fetch(place):
+    """Copies a list, `place` after the step's first."""
+    which = place % 2
+    return pltpu.make_async_copy(
+      offsets_ref.at[2 * step + place], list_refs[which], semaphores.at[which]
+    )
+
+  @pl.when(plan.is_live(step, meta_ref))
+  def _():
+    @pl.when(plan.is_first(step, meta_ref))
+    def _():
+      fetch(0).start()
+      fetch(0).wait()
+      selected = list_refs[0].shape[1]
+      rows.gather_loop(table_ref, list_refs[0], raw_refs[0], words, 0, selected)
+      fetch(1).start()
+
+    for which in range(2):
+      fetch(which + 1).wait()
+      fetch(which + 2).start()
+      gather = functools.partial(
+        rows.gather_pairs if pairs else rows.gather,
+        table_ref,
+        list_refs[1 - which],
+        raw_refs[1 - which],
+        words,
+      )
+      first = which * plan.items
+      query_HPs = [
+        jnp.concatenate([query_refs[n][...], query_rope_refs[n][...]], axis=1)
+        for n in range(first, first + plan.items)
+      ]
+      queries = pieces.Queries(
+        scale, plan.chunk, query_HPs, raw_refs[which], words
+      )
+      half = plan.chunk // 2
+      for piece in queries.pieces:
+        queries.multiply_keys(piece)
+        gather(piece * half, half)
+      for piece in queries.pieces:
+        queries.exponentiate(piece)
+      for piece in queries.pieces:
+        queries.multiply_latents(piece)
+        gather((len(queries.pieces) + piece) * half, half)
+      queries.write(out_ref, lse_ref, first)
+
+    @pl.when(plan.is_last(step, meta_ref))
+    def _():
+      fetch(3).wait()

@@ -1,0 +1,254 @@
+"""Rows of keys in the memory of a TPU core: packing, gathering, unpacking.
+
+A row of a 32-bit array of 128 lanes may be read at any place, so a key is kept
+as W such rows ("words"): the latent, padded to a multiple of 256 columns, as
+pairs of bfloat16 (columns c and c + half in one word), and last the rotary
+part, alone in the low half. The latents of 512 and 64 take W = 3 rows, 1536
+bytes. A table of keys ends in a marker row, all 0 but for a 1 in the first
+column past the rotary part, where queries hold a large negative number: its
+score is below all others, and indices of -1 point there.
+
+To gather a key is a load and a store of W rows; loads go before stores in
+batches of 8, for the compiler cannot know that addresses differ. To unpack,
+the even and the odd keys of a column group are read with stride 2 W, and
+halves of two words joined are a pair of bfloat16 rows.
+"""
+# B batch, T queries, S keys, N selected, H heads, C latent width, R rope
+# width, P their padded sum, X rows of a table (W a key), L lanes (128)
+
+import dataclasses
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+LANES = 128
+# Loads before stores: more need more scalar registers than there are.
+BATCH = 8
+# Rows before the first key: 8 rows that end in a key may start there.
+FRONT = 8
+# What queries hold in the marker's column; exp(scale * MARK) is 0.
+MARK = -1e30
+
+
+def round_up(size, unit):
+  """Returns the least multiple of `unit` that is at least `size`."""
+  return -(-size // unit) * unit
+
+
+def num_words(latent_width):
+  """Returns W, how many rows of words a key takes."""
+  return round_up(latent_width, 2 * LANES) // (2 * LANES) + 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+  """What kernels must know of a TPU generation.
+
+  Attributes:
+    forward_keys: how many keys of 512 + 64 fit in vector memory, forward.
+    backward_keys: the same with their gradients.
+    pairs: whether stores are scarcer than arithmetic, so that keys are
+      gathered in pairs.
+  """
+
+  forward_keys: int = 32768
+  backward_keys: int = 12032
+  pairs: bool = False
+
+
+def this_chip():
+  """Returns the `Chip` of the default device, v5p or 7x if it is no TPU."""
+  kind = jax.devices()[0].device_kind.lower()
+  # Vector memory is 128 MiB on v5e and v6e, and 64 MiB on v5p and 7x.
+  if "lite" in kind:
+    return Chip(forward_keys=65536, backward_keys=24576, pairs="v6" in kind)
+  return Chip()
+
+
+def pad_last(array, width):
+  """Pads the last axis with zeros to `width`."""
+  missing = width - array.shape[-1]
+  if not missing:
+    return array
+  return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
+
+
+def pack(latent_BSC, key_rope_BSR):
+  """Returns the table int32 [B,X,128] of bfloat16 keys and the marker."""
+  batch, keys, _ = latent_BSC.shape
+  rope = key_rope_BSR.shape[-1]
+  words = num_words(latent_BSC.shape[-1])
+  halves = pad_last(latent_BSC, (words - 1) * 2 * LANES)
+  mark_B1R = jnp.zeros((batch, 1, LANES), jnp.bfloat16).at[..., rope].set(1)
+  last = jnp.pad(pad_last(key_rope_BSR, LANES), [(0, 0), (0, 1), (0, 0)])
+  last = last.at[:, keys:].set(mark_B1R)
+  halves = jnp.pad(halves, [(0, 0), (0, 1), (0, 0)])
+  bits = lambda x: lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+  low, high = jnp.split(bits(halves), 2, axis=-1)
+  row = jnp.concatenate([low | (high << 16), bits(last)], axis=-1)
+  table_BXL = row.reshape(batch, -1, LANES)
+  missing = 8 + -table_BXL.shape[1] % 8
+  table_BXL = jnp.pad(table_BXL, [(0, 0), (FRONT, missing), (0, 0)])
+  return lax.bitcast_convert_type(table_BXL, jnp.int32)
+
+
+def arrange_queries(query_latent_BTHC, query_rope_BTHR, unit):
+  """Returns queries [B T, H, .] padded as keys are, heads to `unit`s.
+
+  Past their own width rotary queries hold the mark.
+  """
+  latent, rope = query_latent_BTHC.shape[-1], query_rope_BTHR.shape[-1]
+  wide = (num_words(latent) - 1) * 2 * LANES
+  marked_BTHL = pad_last(query_rope_BTHR, LANES).at[..., rope].set(MARK)
+  return (
+    flat_heads(query_latent_BTHC, wide, unit),
+    flat_heads(marked_BTHL, LANES, unit),
+  )
+
+
+def arrange_gradients(
+  query_latent_BTHC, query_rope_BTHR, out_BTHC, lse_BTH, d_out_BTHC
+):
+  """Returns queries, gradients of outputs, lse, mean, flat over the batch."""
+  query_HC, query_HL = arrange_queries(
+    query_latent_BTHC, query_rope_BTHR, LANES
+  )
+  heads, wide = query_HC.shape[1:]
+  d_out_HC = flat_heads(d_out_BTHC, wide, LANES)
+  mean_BTH = jnp.einsum(
+    "BTHC,BTHC->BTH",
+    d_out_BTHC,
+    out_BTHC,
+    preferred_element_type=jnp.float32,
+  )
+  # An empty list has lse -inf and no row whose weight counts.
+  lse_BTH = jnp.where(jnp.isneginf(lse_BTH), 0.0, lse_BTH)
+  line = lambda x_BTH: pad_last(x_BTH, heads).reshape(-1, 1, heads)
+  return query_HC, query_HL, d_out_HC, line(lse_BTH), line(mean_BTH)
+
+
+def flat_heads(array_BTHC, width, unit):
+  """Returns [B T, H, width], padded with zeros, heads to `unit`s."""
+  heads = array_BTHC.shape[2]
+  padded = pad_last(array_BTHC, width)
+  if heads % unit:
+    more = [(0, 0), (0, 0), (0, -heads % unit), (0, 0)]
+    padded = jnp.pad(padded, more)
+  return padded.reshape(-1, *padded.shape[2:])
+
+
+def gather(table_ref, list_ref, raw_ref, words, start, size, shift=0):
+  """Copies the keys of list positions [start, start + size), unrolled.
+
+  They become the keys from start + shift on.
+  """
+  for first in range(start, start + size, BATCH):
+    places = range(first, min(first + BATCH, start + size))
+    keys = [table_ref[pl.ds(list_ref[0, n], words), :] for n in places]
+    for place, key in zip(places, keys):
+      raw_ref[pl.ds(words * (place + shift), words), :] = key
+
+
+def gather_pairs(table_ref, list_ref, raw_ref, words, start, size, shift=0):
+  """Does as `gather` with half the stores, each of two keys joined."""
+  shape = (8, LANES)
+  is_first = lax.broadcasted_iota(jnp.int32, shape, 0) < words
+  for first in range(start, start + size, BATCH):
+    places = range(first, min(first + BATCH, start + size), 2)
+    pairs = []
+    for n in places:
+      left = table_ref[pl.ds(list_ref[0, n], 8), :]
+      right = table_ref[pl.ds(list_ref[0, n + 1] - words, 8), :]
+      pairs.append(jnp.where(is_first, left, right)[: 2 * words])
+    for place, pair in zip(places, pairs):
+      raw_ref[pl.ds(words * (place + shift), 2 * words), :] = pair
+
+
+def gather_loop(table_ref, list_ref, raw_ref, words, start, size, shift=0):
+  """Does as `gather` in a loop of little code."""
+
+  @pl.loop(0, size // BATCH)
+  def _(step):
+    places = [start + step * BATCH + n for n in range(BATCH)]
+    keys = [table_ref[pl.ds(list_ref[0, n], words), :] for n in places]
+    for place, key in zip(places, keys):
+      raw_ref[pl.ds(words * (place + shift), words), :] = key
+
+
+def unpack(raw_ref, words, start, size):
+  """Returns gathered keys as bfloat16 [size, P]: latent, rope, marker."""
+  latents = [_halves(raw_ref, words, start, size, n) for n in range(words - 1)]
+  low, high = zip(*latents)
+  rope, _ = _halves(raw_ref, words, start, size, words - 1)
+  return jnp.concatenate([*low, *high, rope], axis=1)
+
+
+def unpack_latent(raw_ref, words, start, size):
+  """Returns the latents of gathered keys, bfloat16 [size, C]."""
+  latents = [_halves(raw_ref, words, start, size, n) for n in range(words - 1)]
+  low, high = zip(*latents)
+  return jnp.concatenate([*low, *high], axis=1)
+
+
+def _halves(raw_ref, words, start, size, word):
+  """Returns the low and the high halves of one of the keys' words."""
+
+  def load(first):
+    places = pl.ds(words * start + first, size // 2, stride=2 * words)
+    return lax.bitcast_convert_type(raw_ref[places, :], jnp.uint32)
+
+  even, odd = load(word), load(words + word)
+  low = (even & 0xFFFF) | (odd << 16)
+  high = (even >> 16) | (odd & jnp.uint32(0xFFFF0000))
+  return tuple(pltpu.bitcast(half, jnp.bfloat16) for half in (low, high))
+
+
+def clear(ref):
+  """Writes zeros to an array of 32-bit rows, whose number 8 divides."""
+  zeros = jnp.zeros((8, LANES), ref.dtype)
+
+  @pl.loop(0, ref.shape[0] // 8)
+  def _(step):
+    ref[pl.ds(pl.multiple_of(8 * step, 8), 8), :] = zeros
+
+
+def add(gradient_ref, list_ref, stage_ref, start, size):
+  """Adds the rows of list positions [start, start + size), batched.
+
+  The keys of a batch, positions size / 8 apart, must differ.
+  """
+  stride = size // BATCH
+  groups = stage_ref.shape[0] // size
+  for first in range(stride):
+    places = [first + stride * n for n in range(BATCH)]
+    spans = [pl.ds(list_ref[0, start + n], groups) for n in places]
+    sums = [
+      gradient_ref[span, :] + stage_ref[pl.ds(groups * n, groups), :]
+      for n, span in zip(places, spans)
+    ]
+    for span, total in zip(spans, sums):
+      gradient_ref[span, :] = total
+
+
+def add_serially(gradient_ref, list_ref, stage_ref, start, size):
+  """Adds the rows of list positions, one after the other; keys may repeat."""
+  groups = stage_ref.shape[0] // size
+
+  @pl.loop(0, size)
+  def _(place):
+    span = pl.ds(list_ref[0, start + place], groups)
+    staged = stage_ref[pl.ds(groups * place, groups), :]
+    gradient_ref[span, :] = gradient_ref[span, :] + staged
+
+
+def repeats_meet(offsets_I1N, chunk, marker):
+  """Returns whether a key repeats in a batch of `add`."""
+  batches = offsets_I1N.reshape(-1, BATCH, chunk // BATCH)
+  meet = jnp.bool_(False)
+  for distance in range(1, BATCH):
+    left, right = batches[:, distance:], batches[:, :-distance]
+    meet |= jnp.any((left == right) & (left != marker))
+  return meet

@@ -1,0 +1,119 @@
+"""The TPU kernels of gathered attention in the interpreter, against `ref`."""
+# B batch, T queries, S keys, H heads, C latent width, R rope width, N selected
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.sparse_mla import ref
+from pallas_kernels.sparse_mla import sparse_mla
+from pallas_kernels.sparse_mla import tpu
+from pallas_kernels.sparse_mla import tpu_backward
+from pallas_kernels.sparse_mla import tpu_rows
+from pallas_kernels.sparse_mla import tpu_segments
+from tests.support.tolerances import assert_close
+
+SCALE = 0.3
+INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+# batch, queries, keys, heads, latent, rope, selected
+ODD = (2, 3, 50, 3, 300, 6, 30)
+
+
+def draw(sizes, seed=0):
+  """Returns bfloat16 arrays, ragged indices and a cotangent."""
+  batch, queries, keys, heads, latent, rope, selected = sizes
+  rng = np.random.default_rng(seed)
+  shapes = (
+    (batch, queries, heads, latent),
+    (batch, queries, heads, rope),
+    (batch, keys, latent),
+    (batch, keys, rope),
+  )
+  normal = lambda shape, size: jnp.asarray(
+    size * rng.normal(size=shape), jnp.bfloat16
+  )
+  size = (latent + rope) ** -0.25
+  arrays = tuple(normal(shape, size) for shape in shapes)
+  indices = np.full((batch, queries, selected), -1, np.int32)
+  for b, t in np.ndindex(batch, queries):
+    count = min(keys, selected) - 7 * t
+    places = rng.permutation(selected)[:count]
+    indices[b, t, places] = rng.permutation(keys)[:count]
+  indices[0, 1] = -1
+  return arrays, indices, normal(shapes[0], 0.3)
+
+
+def gradients(implementation, arrays, indices, d_out):
+  """Returns out, lse and four gradients through the front."""
+
+  def attend(*arrays):
+    return sparse_mla(
+      *arrays, indices, scale=SCALE, implementation=implementation
+    )
+
+  (out, lse), pull_back = jax.vjp(attend, *arrays)
+  return out, lse, *pull_back((d_out, jnp.zeros_like(lse)))
+
+
+def wanted(arrays, indices, d_out):
+  """Returns the same from the definition in float32."""
+  wide = [a.astype(jnp.float32) for a in arrays]
+  out, lse = ref.forward(*wide, indices, SCALE)
+  return (
+    out,
+    lse,
+    *ref.backward(*wide, indices, SCALE, None, None, d_out.astype(jnp.float32)),
+  )
+
+
+def compare(arrays, indices, d_out):
+  got = gradients("tpu_interpret", arrays, indices, d_out)
+  for one_got, one_want in zip(got, wanted(arrays, indices, d_out)):
+    assert_close(one_got, one_want, "bfloat16")
+  return got
+
+
+def test_values_and_gradients_equal_the_definition():
+  out, lse, *d_arrays = compare(*draw(ODD))
+  assert out.dtype == jnp.bfloat16
+  assert lse.dtype == jnp.float32
+  assert np.all(np.isneginf(lse[0, 1]))
+  assert np.all(np.asarray(out[0, 1], np.float32) == 0.0)
+  assert all(d_array.dtype == jnp.bfloat16 for d_array in d_arrays)
+
+
+@pytest.mark.slow
+def test_a_key_listed_often_counts_as_often():
+  arrays, indices, d_out = draw((1, 2, 30, 2, 32, 4, 32))
+  # So many copies fall into the same batches of row additions.
+  indices[0, 1, :20] = 5
+  indices[0, 1, 20:24] = [0, 1, 1, 29]
+  compare(arrays, indices, d_out)
+
+
+@pytest.mark.slow
+def test_segments_of_keys_equal_the_definition(monkeypatch):
+  # Three segments of 40 keys, lists of up to two items in a segment.
+  monkeypatch.setattr(tpu_segments, "ITEM", 32)
+  monkeypatch.setattr(tpu_segments, "ITEMS", 2)
+  arrays, indices, d_out = draw((1, 3, 115, 3, 40, 6, 60))
+  rng = np.random.default_rng(1)
+  indices[0, 1] = rng.integers(0, 40, indices.shape[2])
+  chip = tpu_rows.Chip(forward_keys=40, backward_keys=40, pairs=True)
+  how = {"interpret": INTERPRET, "chip": chip}
+  out, lse = tpu.forward(*arrays, indices, SCALE, **how)
+  d_arrays = tpu_backward.backward(
+    *arrays, indices, SCALE, out, lse, d_out, **how
+  )
+  want = wanted(arrays, indices, d_out)
+  for one_got, one_want in zip((out, lse, *d_arrays), want):
+    assert_close(one_got, one_want, "bfloat16")
+
+
+def test_other_dtypes_are_refused():
+  arrays, indices, _ = draw(ODD)
+  wide = [a.astype(jnp.float32) for a in arrays]
+  with pytest.raises(ValueError, match="must be bfloat16"):
+    sparse_mla(*wide, indices, scale=SCALE, implementation="tpu")
