@@ -112,6 +112,8 @@ def _gpu_kernel(index: int, kernel: gpu_compile.Kernel) -> dict[str, Any]:
     "name": f"kernel_{index}",
     "tile": max((loop.instructions for loop in loops), default=0),
     "registers": kernel.registers,
+    "highest_register": kernel.highest_register(),
+    "shared_bytes": kernel.shared_bytes,
     "spill_bytes": kernel.spill_bytes,
     "spill_instructions": schedule_gpu.spill_instructions(kernel.sass),
     "warnings": list(kernel.warnings),

@@ -8,6 +8,8 @@ more than 2% is over budget, and so is one that has none.
 import json
 import pathlib
 
+from pallas_kernels import schedule_gpu
+
 SLACK = 1.02
 # Bundles or instructions of a loop that is worth a line.
 SMALLEST_LOOP = 16
@@ -99,15 +101,18 @@ def _kernel(kernel) -> str:
     return f"{kernel['tile']} bundles a tile"
   text = (
     f"{kernel['tile']} instructions a tile, {kernel['registers']} registers,"
-    f" {kernel['spill_bytes']} B spilled"
+    f" {kernel['spill_bytes']} B spilled, {kernel['shared_bytes']} B shared"
   )
   return "; ".join([text, *kernel["warnings"]])
 
 
 def _loop(loop) -> str:
   if "instructions" in loop:
-    often = sorted(loop["opcodes"].items(), key=lambda item: -item[1])[:8]
-    names = ", ".join(f"{name} {count}" for name, count in often)
+    counts = loop["opcodes"]
+    often = sorted(
+      counts, key=lambda name: (name not in schedule_gpu.TENSOR, -counts[name])
+    )
+    names = ", ".join(f"{name} {counts[name]}" for name in often[:8])
     return f"{loop['instructions']} instructions: {names}"
   text = "  " * loop["depth"] + f"{loop['bundles']} bundles"
   if loop["trips"] is not None:

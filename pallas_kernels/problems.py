@@ -172,7 +172,7 @@ def draw(case: cases.Case, dtype: str, seed: int = 0) -> dict[str, jax.Array]:
         values *= np.float32(aval.shape[-2] ** -0.5)
     if name == "index_key" and case.nan:
       values[0, case.keys // 2, 0] = np.nan
-    arrays[name] = jnp.asarray(values).astype(aval.dtype)
+    arrays[name] = jnp.asarray(values.astype(aval.dtype))
   return arrays
 
 

@@ -27,7 +27,7 @@ HEADS, KEYS, SLOTS = gpu_tiles.ROWS, gpu_gather.ROWS, 2
 # Warpgroups.
 SOFTMAX, OTHER, GATHER = 0, 1, 2
 # Registers of a thread.
-REGISTERS = gpu_tiles.register_shares(216, 216, 72)
+REGISTERS = gpu_tiles.register_shares(232, 200, 72)
 
 
 def buffers(latent, rope, copies):

@@ -8,9 +8,11 @@ multiply. Index lists come to scalar memory by copies started a query ahead, at
 the seams between queries, for a copy's start or wait is a seam itself.
 
 A query: its rows are unpacked and multiplied with the queries of all heads, a
-chunk of 512 keys at a time; one softmax over all N scores, which are kept; the
-weights times the latents, chunk by chunk. The latents are unpacked once more
-for that: stores are scarce, as the gathering needs them.
+chunk of 256 keys at a time. Either half of the N scores makes a softmax of its
+own: the first's exponentials come among the second's products, the second's
+among the first's weights times latents; at last both are merged. The latents
+are unpacked once more for their products: stores are scarce, as the gathering
+needs them.
 
 Memory beside the table, at 128 heads and N = 2048: two buffers of 3 MB of
 rows, 1 MB of scores and half of weights, 0.6 MB of queries and results, twice
@@ -36,6 +38,8 @@ from pallas_kernels.sparse_mla import tpu_segments as segments
 _ROOM = 15 * 2**20
 # Queries whose parts by segment are kept at a time.
 _QUERIES = 1024
+# Most keys that are unpacked and multiplied at once.
+_CHUNK = 256
 
 
 def forward(
@@ -220,18 +224,20 @@ def _kernel(
         jnp.concatenate([query_refs[n][...], query_rope_refs[n][...]], axis=1)
         for n in range(first, first + plan.items)
       ]
-      queries = pieces.Queries(
-        scale, plan.chunk, query_HPs, raw_refs[which], words
-      )
-      half = plan.chunk // 2
-      for piece in queries.pieces:
+      chunk = plan.chunk(_CHUNK)
+      queries = pieces.Queries(scale, chunk, query_HPs, raw_refs[which], words)
+      share = chunk // 2
+      count = queries.num_pieces
+      for piece in range(count):
         queries.multiply_keys(piece)
-        gather(piece * half, half)
-      for piece in queries.pieces:
-        queries.exponentiate(piece)
-      for piece in queries.pieces:
+        if piece >= count // 2:
+          queries.exponentiate(piece - count // 2)
+        gather(piece * share, share)
+      for piece in range(count):
         queries.multiply_latents(piece)
-        gather((len(queries.pieces) + piece) * half, half)
+        if piece < count // 2:
+          queries.exponentiate(piece + count // 2)
+        gather((count + piece) * share, share)
       queries.write(out_ref, lse_ref, first)
 
     @pl.when(plan.is_last(step, meta_ref))

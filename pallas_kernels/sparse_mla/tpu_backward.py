@@ -10,10 +10,10 @@ keys as rows: scores and the weights' gradients appear side by side, and
 log-sum-exp and mean are lanes, so nothing is reduced. From weights p and score
 gradients ds come [ds | p] times both again, the keys' gradients, and ds^T times
 the keys, the query's. The keys' gradients go through a staging buffer and are
-added to their rows in memory during the next chunk, be it the next query's, 8
-loads before 8 stores. The 8 stand an eighth of a chunk apart, for a sorted
-list's repeated keys must not meet in a batch; lists where some do are added
-one row after the other.
+added to their rows in memory during the next chunk, be it the next query's, 4
+or 8 loads before as many stores. These stand a quarter or an eighth of a chunk
+apart, for a sorted list's repeated keys must not meet in a batch; lists where
+some do are added one row after the other.
 
 Memory beside table and gradient, at 128 heads and N = 2048: two buffers of
 3 MB of rows, two of 1.3 MB of staged gradients, 1 MB a chunk, 2 MB of queries
@@ -40,6 +40,8 @@ from pallas_kernels.sparse_mla import tpu_segments as segments
 _ROOM = 16 * 2**20
 # Queries whose parts by segment are kept at a time.
 _QUERIES = 512
+# Most keys that are unpacked and multiplied at once.
+_CHUNK = 512
 # Lists of an item: first words of its keys; first rows of their gradients, of
 # all chunks but the last, and of the last.
 _LIST, _HEAD, _TAIL = range(3)
@@ -144,10 +146,13 @@ def _gradients(interpret, scale, chip, plan, table_BXL, keys, arrays):
   run = functools.partial(
     _call, interpret, scale, plan, table_BXL, keys, arrays
   )
+  gather = rows.gather_pairs if chip.pairs else rows.gather
+  add = functools.partial(rows.add, chip.additions)
+  marker = words * keys + rows.FRONT
   return lax.cond(
-    rows.repeats_meet(plan.offsets, plan.chunk, words * keys + rows.FRONT),
+    rows.repeats_meet(chip.additions, plan.offsets, plan.chunk(_CHUNK), marker),
     lambda: run(rows.gather_loop, rows.add_serially),
-    lambda: run(rows.gather_pairs if chip.pairs else rows.gather, rows.add),
+    lambda: run(gather, add),
   )
 
 
@@ -159,7 +164,7 @@ def _call(
   width = wide + rows.LANES
   selected = plan.offsets.shape[-1]
   words, groups = wide // (2 * rows.LANES) + 1, width // rows.LANES
-  chunk, count = plan.chunk, 2 * plan.items
+  chunk, count = plan.chunk(_CHUNK), 2 * plan.items
   gradient_rows = rows.round_up(groups * (keys + 1), 8)
   list_scratch = lambda size: pltpu.SMEM((1, size), jnp.int32)
   raw_scratch = pltpu.VMEM((words * selected, rows.LANES), jnp.int32)

@@ -16,7 +16,12 @@ from pallas_kernels.sparse_mla import tpu_rows as rows
 
 
 class Queries:
-  """The queries of a list forward, in pieces that may be mixed with others."""
+  """The queries of a list forward, in pieces that may be mixed with others.
+
+  Groups of pieces make softmaxes of their own: where a list has one query, it
+  has two groups, so that the one's weights are made during the other's
+  products, and their results are merged.
+  """
 
   def __init__(self, scale, chunk, query_HPs, raw_ref, words):
     self._scale = scale
@@ -24,20 +29,22 @@ class Queries:
     self._query_HPs = query_HPs
     self._raw_ref = raw_ref
     self._words = words
+    self.num_pieces = raw_ref.shape[0] // (words * chunk)
+    groups = max(2, len(query_HPs))
+    self._per_group = self.num_pieces // groups
+    self._per_query = groups // len(query_HPs)
     self._scores = []
     self._weights = []
     self._tops = []
-    self._sums = [0.0] * len(query_HPs)
-    self._outs = [0.0] * len(query_HPs)
-    self.pieces = range(raw_ref.shape[0] // (words * chunk))
-    self._per_query = len(self.pieces) // len(query_HPs)
+    self._sums = [0.0] * groups
+    self._outs = [0.0] * groups
 
   def multiply_keys(self, piece):
     """Unpacks a chunk of keys and keeps its scores."""
     start = piece * self._chunk
     key_NP = rows.unpack(self._raw_ref, self._words, start, self._chunk)
     score_HN = self._scale * lax.dot_general(
-      self._query_HPs[piece // self._per_query],
+      self._query_HPs[piece // (self._per_group * self._per_query)],
       key_NP,
       (((1,), (1,)), ((), ())),
       preferred_element_type=jnp.float32,
@@ -45,17 +52,17 @@ class Queries:
     self._scores.append(score_HN)
 
   def exponentiate(self, piece):
-    """Makes weights of a chunk's scores, once all of its query are there."""
-    query = piece // self._per_query
-    if piece % self._per_query == 0:
-      scores = self._scores[piece : piece + self._per_query]
+    """Makes weights of a chunk's scores, once all of its group are there."""
+    group = piece // self._per_group
+    if piece % self._per_group == 0:
+      scores = self._scores[piece : piece + self._per_group]
       top_HN = functools.reduce(jnp.maximum, scores)
       # Above the marker's score, below others: an empty list sums to 0.
       floor = 0.5 * self._scale * rows.MARK
       top_H1 = jnp.max(top_HN, axis=1, keepdims=True)
       self._tops.append(jnp.maximum(top_H1, floor))
-    weight_HN = jnp.exp(self._scores[piece] - self._tops[query])
-    self._sums[query] += weight_HN
+    weight_HN = jnp.exp(self._scores[piece] - self._tops[group])
+    self._sums[group] += weight_HN
     self._weights.append(weight_HN.astype(jnp.bfloat16))
 
   def multiply_latents(self, piece):
@@ -64,20 +71,26 @@ class Queries:
     latent_NC = rows.unpack_latent(
       self._raw_ref, self._words, start, self._chunk
     )
-    self._outs[piece // self._per_query] += jnp.dot(
+    self._outs[piece // self._per_group] += jnp.dot(
       self._weights[piece], latent_NC, preferred_element_type=jnp.float32
     )
 
   def write(self, out_ref, lse_ref, start):
     """Writes out and lse of the queries to places from `start` on."""
-    results = zip(self._tops, self._sums, self._outs)
-    for place, (top_H1, sum_HN, out_HC) in enumerate(results, start):
-      sum_H1 = jnp.sum(sum_HN, axis=1, keepdims=True)
+    for query in range(len(self._query_HPs)):
+      first = query * self._per_query
+      groups = range(first, first + self._per_query)
+      top_H1 = functools.reduce(jnp.maximum, [self._tops[n] for n in groups])
+      sum_H1, out_HC = 0.0, 0.0
+      for n in groups:
+        factor_H1 = jnp.exp(self._tops[n] - top_H1)
+        sum_H1 += factor_H1 * jnp.sum(self._sums[n], axis=1, keepdims=True)
+        out_HC += factor_H1 * self._outs[n]
       empty_H1 = sum_H1 == 0.0
       safe_H1 = jnp.where(empty_H1, 1.0, sum_H1)
-      out_ref[place] = (out_HC / safe_H1).astype(out_ref.dtype)
+      out_ref[start + query] = (out_HC / safe_H1).astype(out_ref.dtype)
       lse_H1 = jnp.where(empty_H1, -jnp.inf, top_H1 + jnp.log(safe_H1))
-      lse_ref[place] = lse_H1.T
+      lse_ref[start + query] = lse_H1.T
 
 
 class Gradients:

@@ -33,14 +33,15 @@ class Plan:
   offsets: jax.Array
   meta: jax.Array
 
-  @property
-  def chunk(self):
-    """How many keys are unpacked and multiplied at once."""
+  def chunk(self, most):
+    """Returns how many keys, at most `most`, are multiplied at once.
+
+    An item has a whole number of chunks, a list an even one.
+    """
     size = self.offsets.shape[-1] // self.items
-    # The forward pass takes any number of chunks, backward an even one.
-    pairs = 2 if self.items % 2 else 1
+    unit = 2 if self.items % 2 else 1
     sizes = (512, 384, 256, 128, 64, 32, 16)
-    return next(n for n in sizes if size % (pairs * n) == 0)
+    return next(n for n in sizes if n <= most and size % (unit * n) == 0)
 
   def table(self, step, meta_ref):
     """Returns the table of a step."""

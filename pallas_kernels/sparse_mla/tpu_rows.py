@@ -52,11 +52,13 @@ class Chip:
     backward_keys: the same with their gradients.
     pairs: whether stores are scarcer than arithmetic, so that keys are
       gathered in pairs.
+    additions: how many rows of gradients are loaded before any is stored.
   """
 
   forward_keys: int = 32768
   backward_keys: int = 12032
   pairs: bool = False
+  additions: int = 4
 
 
 def this_chip():
@@ -64,7 +66,12 @@ def this_chip():
   kind = jax.devices()[0].device_kind.lower()
   # Vector memory is 128 MiB on v5e and v6e, and 64 MiB on v5p and 7x.
   if "lite" in kind:
-    return Chip(forward_keys=65536, backward_keys=24576, pairs="v6" in kind)
+    return Chip(
+      forward_keys=65536,
+      backward_keys=24576,
+      pairs="v6" in kind,
+      additions=8,
+    )
   return Chip()
 
 
@@ -215,15 +222,15 @@ def clear(ref):
     ref[pl.ds(pl.multiple_of(8 * step, 8), 8), :] = zeros
 
 
-def add(gradient_ref, list_ref, stage_ref, start, size):
+def add(batch, gradient_ref, list_ref, stage_ref, start, size):
   """Adds the rows of list positions [start, start + size), batched.
 
-  The keys of a batch, positions size / 8 apart, must differ.
+  The keys of a batch, positions size / batch apart, must differ.
   """
-  stride = size // BATCH
+  stride = size // batch
   groups = stage_ref.shape[0] // size
   for first in range(stride):
-    places = [first + stride * n for n in range(BATCH)]
+    places = [first + stride * n for n in range(batch)]
     spans = [pl.ds(list_ref[0, start + n], groups) for n in places]
     sums = [
       gradient_ref[span, :] + stage_ref[pl.ds(groups * n, groups), :]
@@ -244,11 +251,11 @@ def add_serially(gradient_ref, list_ref, stage_ref, start, size):
     gradient_ref[span, :] = gradient_ref[span, :] + staged
 
 
-def repeats_meet(offsets_I1N, chunk, marker):
+def repeats_meet(batch, offsets_I1N, chunk, marker):
   """Returns whether a key repeats in a batch of `add`."""
-  batches = offsets_I1N.reshape(-1, BATCH, chunk // BATCH)
+  batches = offsets_I1N.reshape(-1, batch, chunk // batch)
   meet = jnp.bool_(False)
-  for distance in range(1, BATCH):
+  for distance in range(1, batch):
     left, right = batches[:, distance:], batches[:, :-distance]
     meet |= jnp.any((left == right) & (left != marker))
   return meet

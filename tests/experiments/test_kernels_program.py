@@ -62,24 +62,28 @@ def test_checks_and_times_and_writes_the_table(tmp_path):
   assert (tmp_path / kernels_table.PLOT).stat().st_size > 1000
 
 
+MISTAKES = (
+  (["--mode=nonsense"], "--mode=nonsense"),
+  (["--implementations=nonsense"], "nonsense"),
+  (
+    ["--mode=schedule", "--platform=tpu:v5p:2x2x1", "--operations=expert_ffn"],
+    "no operation has kernels for 'tpu'",
+  ),
+)
+MORE_MISTAKES = (
+  (["--operations=nonsense"], "nonsense"),
+  (["--cases=nonsense"], "nonsense"),
+  (["--platform=nonsense"], "nonsense"),
+  (["--mode=schedule", "--platform=cpu"], "names no device"),
+  (["--readme=README.md"], "--workdir"),
+)
+
+
 @pytest.mark.parametrize(
   "arguments, words",
   [
-    (["--mode=nonsense"], "--mode=nonsense"),
-    (["--operations=nonsense"], "nonsense"),
-    (["--cases=nonsense"], "nonsense"),
-    (["--implementations=nonsense"], "nonsense"),
-    (["--platform=nonsense"], "nonsense"),
-    (["--mode=schedule", "--platform=cpu"], "names no device"),
-    (
-      [
-        "--mode=schedule",
-        "--platform=tpu:v5p:2x2x1",
-        "--operations=expert_ffn",
-      ],
-      "no operation has kernels for 'tpu'",
-    ),
-    (["--readme=README.md"], "--workdir"),
+    *MISTAKES,
+    *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE_MISTAKES),
   ],
 )
 def test_a_mistake_takes_one_line(arguments, words):
@@ -223,13 +227,15 @@ def test_a_schedule_is_told_in_lines():
     "tile": 60,
     "registers": 168,
     "spill_bytes": 8,
+    "shared_bytes": 9,
     "warnings": ["C7511"],
-    "loops": [{"instructions": 60, "opcodes": {"FADD": 20, "HGMMA": 40}}],
+    "loops": [{"instructions": 60, "opcodes": {"FADD": 40, "HGMMA": 20}}],
   }
   lines = budget.table(scheduled(1, kernels=[kernel])).splitlines()
   assert lines[1:] == [
-    "  kernel_0: 60 instructions a tile, 168 registers, 8 B spilled; C7511",
-    "    60 instructions: HGMMA 40, FADD 20",
+    "  kernel_0: 60 instructions a tile, 168 registers, 8 B spilled,"
+    " 9 B shared; C7511",
+    "    60 instructions: HGMMA 20, FADD 40",
   ]
 
 

@@ -136,7 +136,7 @@ def masked_program(width, value_width):
     (index_program(jnp.bfloat16), [{"HGMMA": 16, "UTMALDG": 5}], 112),
     (index_program(jnp.float8_e4m3fn), [{"QGMMA": 8, "UTMALDG": 5}], 112),
     (search_program(32768), [{"HGMMA": None}], 128),
-    (sparse_program(), [{"HGMMA": 44, "LDGSTS": 36, "UTMALDG": 3}], 216),
+    (sparse_program(), [{"HGMMA": 44, "LDGSTS": 36, "UTMALDG": 3}], 232),
     (
       sparse_backward_program(),
       [{"HGMMA": 100, "LDGSTS": 72, "REDG": 24}],

@@ -101,7 +101,9 @@ def test_segments_of_keys_equal_the_definition(monkeypatch):
   arrays, indices, d_out = draw((1, 3, 115, 3, 40, 6, 60))
   rng = np.random.default_rng(1)
   indices[0, 1] = rng.integers(0, 40, indices.shape[2])
-  chip = tpu_rows.Chip(forward_keys=40, backward_keys=40, pairs=True)
+  chip = tpu_rows.Chip(
+    forward_keys=40, backward_keys=40, pairs=True, additions=8
+  )
   how = {"interpret": INTERPRET, "chip": chip}
   out, lse = tpu.forward(*arrays, indices, SCALE, **how)
   d_arrays = tpu_backward.backward(
