@@ -162,6 +162,9 @@ def _masked(
   )
   if index is None:
     return out, None
+  if kernels == "gpu":
+    # The KL has no kernels for GPUs.
+    visible["implementation"] = "xla"
   kl_BT = indexer_kl.indexer_kl(
     index.query_BTIK,
     index_key_BSK,
@@ -176,8 +179,7 @@ def _masked(
   return out, kl_BT
 
 
-# Implementations that every operation of the masked form has.
-KERNELS = ("xla", "tpu", "tpu_interpret")
+KERNELS = ("xla", "gpu", "tpu", "tpu_interpret")
 FORMS = {"expanded": expanded, "absorbed": absorbed, "gathered": gathered}
 
 

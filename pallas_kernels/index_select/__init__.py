@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels import visibility
+from pallas_kernels.index_select import gpu
 from pallas_kernels.index_select import ref
 from pallas_kernels.index_select import tpu
 from pallas_kernels.index_select import xla
@@ -72,9 +73,9 @@ def index_select(
     want_mask: whether to return the packed mask.
     want_indices: whether to return the indices.
     implementation: "ref", the definition; "xla", plain XLA in chunks of
-      queries; "tpu", one TPU kernel; "tpu_interpret", that kernel interpreted
-      on any device, with uninitialised memory poisoned and races reported; or
-      None for the default, "xla".
+      queries; "gpu", Hopper kernels; "tpu", one TPU kernel; "tpu_interpret",
+      that kernel interpreted on any device, with uninitialised memory poisoned
+      and races reported; or None for the default, "xla".
 
   Returns:
     A `Selected`. No gradient flows through it.
@@ -91,6 +92,7 @@ def index_select(
   implementations = {
     "ref": ref.select,
     "xla": xla.select,
+    "gpu": gpu.select,
     "tpu": tpu.select,
     "tpu_interpret": functools.partial(tpu.select, interpret=interpret),
   }

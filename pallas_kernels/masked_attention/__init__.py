@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import bitmask
 from pallas_kernels import visibility
+from pallas_kernels.masked_attention import gpu
+from pallas_kernels.masked_attention import gpu_backward
 from pallas_kernels.masked_attention import ref
 from pallas_kernels.masked_attention import tpu
 from pallas_kernels.masked_attention import tpu_backward
@@ -28,12 +30,14 @@ _INTERPRET = pltpu.InterpretParams(
 _FORWARD = {
   "ref": ref.forward,
   "xla": xla.forward,
+  "gpu": gpu.forward,
   "tpu": tpu.forward,
   "tpu_interpret": functools.partial(tpu.forward, interpret=_INTERPRET),
 }
 _BACKWARD = {
   "ref": ref.backward,
   "xla": xla.backward,
+  "gpu": gpu_backward.backward,
   "tpu": tpu_backward.backward,
   "tpu_interpret": functools.partial(
     tpu_backward.backward, interpret=_INTERPRET
@@ -71,9 +75,10 @@ def masked_attention(
     mask_BTW: uint32 packed selection (see `bitmask`); None selects all.
     query_segments_BT: int32 document ids, with `key_segments_BS` or not at all.
     key_segments_BS: int32 document ids of the keys.
-    implementation: "ref", the definition; "xla", plain XLA; "tpu", the compiled
-      TPU kernels; "tpu_interpret", the same kernels interpreted on any machine
-      with unwritten memory as NaN (slow, for tests); None, which is "xla".
+    implementation: "ref", the definition; "xla", plain XLA; "gpu", Hopper
+      kernels; "tpu", the compiled TPU kernels; "tpu_interpret", the same
+      kernels interpreted on any machine with unwritten memory as NaN (slow, for
+      tests); None, which is "xla".
 
   Returns:
     (out_BTHV in the dtype of value, lse_BTH float32), the output and the

@@ -11,6 +11,8 @@ import jax
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from pallas_kernels.sparse_mla import gpu
+from pallas_kernels.sparse_mla import gpu_backward
 from pallas_kernels.sparse_mla import ref
 from pallas_kernels.sparse_mla import tpu
 from pallas_kernels.sparse_mla import tpu_backward
@@ -23,12 +25,14 @@ _INTERPRET = pltpu.InterpretParams(
 _FORWARD = {
   "ref": ref.forward,
   "xla": xla.forward,
+  "gpu": gpu.forward,
   "tpu": tpu.forward,
   "tpu_interpret": functools.partial(tpu.forward, interpret=_INTERPRET),
 }
 _BACKWARD = {
   "ref": ref.backward,
   "xla": xla.backward,
+  "gpu": gpu_backward.backward,
   "tpu": tpu_backward.backward,
   "tpu_interpret": functools.partial(
     tpu_backward.backward, interpret=_INTERPRET
@@ -59,9 +63,10 @@ def sparse_mla(
     indices_BTN: int32 selected keys in [0, S); -1 contributes nothing. A key
       that is listed twice counts twice.
     scale: factor of the scores.
-    implementation: "ref", the definition; "xla", plain XLA; "tpu", kernels for
-      a TPU core, bfloat16 only; "tpu_interpret", the same kernels interpreted
-      on any device, slowly, with checks for races; or None, which is "xla".
+    implementation: "ref", the definition; "xla", plain XLA; "gpu", Hopper
+      kernels, bfloat16 only; "tpu", kernels for a TPU core, bfloat16
+      only; "tpu_interpret", the same kernels interpreted on any device, slowly,
+      with checks for races; or None, which is "xla".
 
   Returns:
     (out_latent_BTHC in the dtype of latent, lse_BTH float32). A query whose

@@ -167,7 +167,7 @@ def _attend(interpret, scale, chip, plan, table_BXL, query_latent, query_rope):
     name="sparse_mla",
   )(
     plan.meta,
-    plan.offsets,
+    rows.pair_lists(plan.offsets, words) if chip.pairs else plan.offsets,
     table_BXL,
     [query_latent] * (2 * plan.items),
     [query_rope] * (2 * plan.items),
@@ -206,7 +206,9 @@ def _kernel(
       fetch(0).start()
       fetch(0).wait()
       selected = list_refs[0].shape[1]
-      rows.gather_loop(table_ref, list_refs[0], raw_refs[0], words, 0, selected)
+      rows.gather_loop(
+        pairs, table_ref, list_refs[0], raw_refs[0], words, 0, selected
+      )
       fetch(1).start()
 
     for which in range(2):

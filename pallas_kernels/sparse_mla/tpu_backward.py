@@ -144,20 +144,29 @@ def _gradients(interpret, scale, chip, plan, table_BXL, keys, arrays):
   """Returns (d_query_IHP bfloat16 by item, d_key [tables,keys,P] float32)."""
   words = arrays[0].shape[-1] // (2 * rows.LANES) + 1
   run = functools.partial(
-    _call, interpret, scale, plan, table_BXL, keys, arrays
+    _call, interpret, scale, chip.pairs, plan, table_BXL, keys, arrays
   )
-  gather = rows.gather_pairs if chip.pairs else rows.gather
+  pairs = chip.pairs
+  gather = rows.gather_pairs if pairs else rows.gather
   add = functools.partial(rows.add, chip.additions)
   marker = words * keys + rows.FRONT
   return lax.cond(
     rows.repeats_meet(chip.additions, plan.offsets, plan.chunk(_CHUNK), marker),
-    lambda: run(rows.gather_loop, rows.add_serially),
+    lambda: run(functools.partial(rows.gather_loop, pairs), rows.add_serially),
     lambda: run(gather, add),
   )
 
 
 def _call(
-  interpret, scale, plan, table_BXL, keys, arrays, gather_rows, add_rows
+  interpret,
+  scale,
+  pairs,
+  plan,
+  table_BXL,
+  keys,
+  arrays,
+  gather_rows,
+  add_rows,
 ):
   """Runs the kernel with ways to gather and to add rows."""
   heads, wide = arrays[0].shape[1:]
@@ -174,7 +183,7 @@ def _call(
   places = (plan.offsets - rows.FRONT) // words * groups
   heads_I1N, tails_I1N = jnp.split(places, [selected - chunk], axis=-1)
   d_query, d_table = pl.pallas_call(
-    functools.partial(_kernel, plan, scale, gather_rows, add_rows),
+    functools.partial(_kernel, plan, scale, pairs, gather_rows, add_rows),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(plan.num_steps,),
@@ -216,7 +225,7 @@ def _call(
     name="sparse_mla_backward",
   )(
     plan.meta,
-    plan.offsets,
+    rows.pair_lists(plan.offsets, words) if pairs else plan.offsets,
     heads_I1N,
     tails_I1N,
     table_BXL,
@@ -229,6 +238,7 @@ def _call(
 def _kernel(
   plan,
   scale,
+  pairs,
   gather_rows,
   add_rows,
   meta_ref,
@@ -267,7 +277,9 @@ def _kernel(
       fetch(_LIST, 0).start()
       fetch(_LIST, 0).wait()
       selected = list_refs[0].shape[1]
-      rows.gather_loop(table_ref, list_refs[0], raw_refs[0], words, 0, selected)
+      rows.gather_loop(
+        pairs, table_ref, list_refs[0], raw_refs[0], words, 0, selected
+      )
       rows.clear(gradient_ref)
       rows.clear(stage_refs[1])
       fetch(_LIST, 1).start()

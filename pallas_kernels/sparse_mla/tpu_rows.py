@@ -147,42 +147,47 @@ def flat_heads(array_BTHC, width, unit):
   return padded.reshape(-1, *padded.shape[2:])
 
 
-def gather(table_ref, list_ref, raw_ref, words, start, size, shift=0):
-  """Copies the keys of list positions [start, start + size), unrolled.
-
-  They become the keys from start + shift on.
-  """
+def gather(table_ref, list_ref, raw_ref, words, start, size):
+  """Copies the keys of list positions [start, start + size), unrolled."""
   for first in range(start, start + size, BATCH):
     places = range(first, min(first + BATCH, start + size))
     keys = [table_ref[pl.ds(list_ref[0, n], words), :] for n in places]
     for place, key in zip(places, keys):
-      raw_ref[pl.ds(words * (place + shift), words), :] = key
+      raw_ref[pl.ds(words * place, words), :] = key
 
 
-def gather_pairs(table_ref, list_ref, raw_ref, words, start, size, shift=0):
+def pair_lists(offsets_I1N, words):
+  """Returns lists for `gather_pairs`: odd places point W rows before a key."""
+  is_odd_N = jnp.arange(offsets_I1N.shape[-1]) % 2
+  return offsets_I1N - words * is_odd_N
+
+
+def gather_pairs(table_ref, list_ref, raw_ref, words, start, size):
   """Does as `gather` with half the stores, each of two keys joined."""
-  shape = (8, LANES)
-  is_first = lax.broadcasted_iota(jnp.int32, shape, 0) < words
+  is_first = lax.broadcasted_iota(jnp.int32, (8, LANES), 0) < words
   for first in range(start, start + size, BATCH):
     places = range(first, min(first + BATCH, start + size), 2)
     pairs = []
     for n in places:
       left = table_ref[pl.ds(list_ref[0, n], 8), :]
-      right = table_ref[pl.ds(list_ref[0, n + 1] - words, 8), :]
+      right = table_ref[pl.ds(list_ref[0, n + 1], 8), :]
       pairs.append(jnp.where(is_first, left, right)[: 2 * words])
     for place, pair in zip(places, pairs):
-      raw_ref[pl.ds(words * (place + shift), 2 * words), :] = pair
+      raw_ref[pl.ds(words * place, 2 * words), :] = pair
 
 
-def gather_loop(table_ref, list_ref, raw_ref, words, start, size, shift=0):
-  """Does as `gather` in a loop of little code."""
+def gather_loop(pairs, table_ref, list_ref, raw_ref, words, start, size):
+  """Does as `gather`, or as `gather_pairs`, in a loop of little code."""
 
   @pl.loop(0, size // BATCH)
   def _(step):
-    places = [start + step * BATCH + n for n in range(BATCH)]
-    keys = [table_ref[pl.ds(list_ref[0, n], words), :] for n in places]
-    for place, key in zip(places, keys):
-      raw_ref[pl.ds(words * (place + shift), words), :] = key
+    first = start + step * BATCH
+    keys = []
+    for n in range(BATCH):
+      row = list_ref[0, first + n] + (words if pairs and n % 2 else 0)
+      keys.append(table_ref[pl.ds(row, words), :])
+    for n, key in enumerate(keys):
+      raw_ref[pl.ds(words * (first + n), words), :] = key
 
 
 def unpack(raw_ref, words, start, size):

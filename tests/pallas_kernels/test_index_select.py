@@ -337,8 +337,8 @@ def test_wrong_arguments_are_named():
   query, key, weight, slots_BT = integer_arrays(4, 40)
   with pytest.raises(ValueError, match="top_k=0"):
     index_select(query, key, weight, slots_BT, top_k=0)
-  with pytest.raises(ValueError, match="implementation='gpu'"):
-    index_select(query, key, weight, slots_BT, top_k=1, implementation="gpu")
+  with pytest.raises(ValueError, match="implementation='cuda'"):
+    index_select(query, key, weight, slots_BT, top_k=1, implementation="cuda")
   with pytest.raises(ValueError, match=r"weight_BTI\.shape"):
     index_select(query, key, weight[:, 1:], slots_BT, top_k=1)
   with pytest.raises(ValueError, match="given together"):

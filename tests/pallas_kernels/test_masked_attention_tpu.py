@@ -102,7 +102,13 @@ def run(implementation, arrays, d_out, slots, keywords):
   return jax.tree.map(np.asarray, both(arrays, d_out, slots, keywords))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=pytest.mark.slow) if name == "one" else name
+    for name in CASES
+  ],
+)
 def test_value_and_gradient_equal_the_definition(name):
   problem = draw(CASES[name])
   got = run("tpu_interpret", *problem)
@@ -134,6 +140,7 @@ def test_bfloat16_at_the_real_widths():
     assert_close(got[index], want[index])
 
 
+@pytest.mark.slow
 def test_many_small_tiles_and_calls(monkeypatch):
   # Several query tiles and key tiles, and gradients of keys from two calls.
   for module in (tpu, tpu_backward):
