@@ -3,7 +3,7 @@
 Works on the encoded scores of one query tile, int32 [rows,L] in VMEM with the
 keys along sublanes and (group, query) along lanes; all state is one register
 row [1,L], equal in all groups of a query.
-1. `_search` brackets the k-th best score of every query at once. A pass reads
+1. `search` brackets the k-th best score of every query at once. A pass reads
    the tiles in sight and counts the keys at or above one point a query. It
    ends when each query has a point with exactly the wanted number of keys at
    or above it, or knows the value of its k-th key.
@@ -30,6 +30,8 @@ from pallas_kernels import bitmask
 from pallas_kernels.index_select import order
 
 LANES = 128
+# Steps of the search of which two in three interpolate.
+GUESSES = 16
 # Keys of a block: 8 words, one a sublane.
 BLOCK = 8 * bitmask.BITS
 # Number of visible keys, least and greatest score when none was seen.
@@ -50,8 +52,16 @@ class _Cut(NamedTuple):
   tied_1L: jax.Array
 
 
-class _State(NamedTuple):
-  """Fewer than `wanted` keys are >= high, and at_low >= wanted are >= low."""
+class Bracket(NamedTuple):
+  """Fewer than `wanted` keys are >= high, and at_low >= wanted are >= low.
+
+  Attributes:
+    step: how many times the scores were read.
+    low_1L: the greatest code known to have enough keys at or above it.
+    high_1L: the least code known to have too few.
+    at_low_1L: how many keys are >= low.
+    at_high_1L: how many keys are >= high.
+  """
 
   step: jax.Array
   low_1L: jax.Array
@@ -100,12 +110,12 @@ def finish(sizes, seen, ordered_ref, seen_stats_ref, words_ref, stats_ref):
   )
   invalid_1L = best_1L == order.NAN
   wanted_1L = jnp.where(invalid_1L, 0, jnp.minimum(count_1L, sizes.top_k))
-  state = _search(
+  state = search(
     sizes,
     lax.div(seen * BLOCK + sizes.tile - 1, sizes.tile),
     ordered_ref,
     wanted_1L,
-    _State(jnp.int32(0), least_1L, best_1L + 1, count_1L, 0 * count_1L),
+    Bracket(jnp.int32(0), least_1L, best_1L + 1, count_1L, 0 * count_1L),
   )
   tied_1L = state.at_low_1L != wanted_1L
   needed_1L = jnp.where(tied_1L, wanted_1L - state.at_high_1L, order.NAN)
@@ -125,8 +135,12 @@ def finish(sizes, seen, ordered_ref, seen_stats_ref, words_ref, stats_ref):
   stats_ref[0, 0] = jnp.where(row_8L < 2, stats_8L, invalid_1L)
 
 
-def _search(sizes, num_tiles, ordered_ref, wanted_1L, state):
-  """Narrows the brackets until every query is done."""
+def search(sizes, num_tiles, ordered_ref, wanted_1L, state):
+  """Narrows the brackets of all queries until every one is done.
+
+  A query is done with exactly `wanted` keys at or above `low`, or with `low` as
+  the value of its last wanted key: high = low + 1.
+  """
 
   def unfinished(state):
     open_1L = state.high_1L - 1 != state.low_1L
@@ -134,13 +148,12 @@ def _search(sizes, num_tiles, ordered_ref, wanted_1L, state):
 
   def step(state):
     low_1L, high_1L = state.low_1L, state.high_1L
-    half_1L = lax.shift_right_logical(high_1L - low_1L, 1)
-    point_1L = low_1L + half_1L
+    point_1L = _point(state, wanted_1L)
     count_1L = _count_from(sizes, num_tiles, ordered_ref, point_1L)
     active_1L = unfinished(state)
     up_1L = active_1L & (count_1L >= wanted_1L)
     down_1L = active_1L & (count_1L < wanted_1L)
-    return _State(
+    return Bracket(
       step=state.step + 1,
       low_1L=jnp.where(up_1L, point_1L, low_1L),
       high_1L=jnp.where(down_1L, point_1L, high_1L),
@@ -152,6 +165,35 @@ def _search(sizes, num_tiles, ordered_ref, wanted_1L, state):
     return jnp.max(unfinished(state).astype(jnp.int32)) > 0
 
   return lax.while_loop(any_left, step, state)
+
+
+def _point(state, wanted_1L):
+  """Returns where to count next, between low and high.
+
+  Two steps of three interpolate, as if the keys within the bracket were evenly
+  spread. They aim a little past the wanted count, at the farther end's side, by
+  half the square root of the keys up to the nearer end: so that both ends move
+  in. The third step halves the bracket, and so do all after the first 16: at
+  most 43 steps (11 guesses and 32 halvings), whatever the scores.
+  """
+  low_1L, high_1L = state.low_1L, state.high_1L
+  # Half the width, which itself may take 32 bits.
+  half_1L = lax.shift_right_logical(high_1L - low_1L, 1)
+  wanted_1L = wanted_1L.astype(jnp.float32)
+  at_low_1L = state.at_low_1L.astype(jnp.float32)
+  above_1L = at_low_1L - wanted_1L
+  below_1L = wanted_1L - state.at_high_1L.astype(jnp.float32)
+  past_1L = 0.5 * jnp.sqrt(jnp.minimum(above_1L, below_1L) + 1.0)
+  share_1L = jnp.where(
+    above_1L > below_1L,
+    above_1L - jnp.minimum(past_1L, 0.5 * above_1L),
+    above_1L + jnp.minimum(past_1L, 0.5 * below_1L),
+  ) / (above_1L + below_1L)
+  guess_1L = half_1L.astype(jnp.float32) * jnp.minimum(share_1L, 0.999)
+  guess_1L = low_1L + 2 * guess_1L.astype(jnp.int32)
+  halve = (lax.rem(state.step, 3) == 2) | (state.step >= GUESSES)
+  point_1L = jnp.where(halve, low_1L + half_1L, guess_1L)
+  return jnp.minimum(jnp.maximum(point_1L, low_1L + 1), high_1L - 1)
 
 
 def _count_from(sizes, num_tiles, ordered_ref, point_1L):

@@ -3,10 +3,10 @@
 Lists are sorted, so that a query's keys of a segment stand together, and cut
 into items of at most P keys. The items of a segment stand together too, four to
 a list that is gathered at once, and each segment's table is loaded once for a
-chunk of queries. Every item is
-attended to as if it were a query of its own; results of a query's items are
-weighted by their log-sum-exp, or, gradients of queries, added up. A query of N
-keys makes at most N / P + G - 1 items, where G segments are touched.
+chunk of queries. Every item is attended to as if it were a query of its own;
+results of a query's items are weighted by their log-sum-exp, or, gradients of
+queries, added up. A query of N keys makes at most N / P + G - 1 items, where G
+segments are touched.
 """
 # T queries (a chunk), N selected, G segments, I items, J steps, M items of a
 # query, P keys of an item, H heads, C latent width

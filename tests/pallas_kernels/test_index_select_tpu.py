@@ -15,6 +15,9 @@ import pytest
 
 from pallas_kernels import bitmask
 from pallas_kernels.index_select import index_select
+from pallas_kernels.index_select import order
+from pallas_kernels.index_select import tpu_scores
+from pallas_kernels.index_select import tpu_search
 from tests.support.tolerances import TOLERANCE
 
 
@@ -132,6 +135,65 @@ def test_special_values(case):
   got = check(arrays, 40)
   assert np.flatnonzero(got.invalid_BT).tolist() == invalid
   assert (np.asarray(got.indices_BTN)[0, invalid] == -1).all()
+
+
+class Rows:
+  """An array that is sliced like the scratch of the kernel."""
+
+  def __init__(self, array):
+    self.array = array
+
+  def __getitem__(self, index):
+    rows, _ = index
+    return jax.lax.dynamic_slice_in_dim(self.array, rows.start, rows.size)
+
+
+@functools.partial(jax.jit, static_argnames=("top_k",))
+def run_search(score_SL, top_k):
+  ordered_SL = order.encode(score_SL)
+  sizes = tpu_scores.Sizes(128, 1024, 1, 128, top_k, jnp.dtype(jnp.float32))
+  start = tpu_search.Bracket(
+    step=jnp.int32(0),
+    low_1L=jnp.min(ordered_SL, axis=0, keepdims=True),
+    high_1L=jnp.max(ordered_SL, axis=0, keepdims=True) + 1,
+    at_low_1L=jnp.full((1, 128), len(score_SL), jnp.int32),
+    at_high_1L=jnp.zeros((1, 128), jnp.int32),
+  )
+  wanted_1L = jnp.full((1, 128), top_k, jnp.int32)
+  num_tiles = len(score_SL) // sizes.tile
+  return tpu_search.search(sizes, num_tiles, Rows(ordered_SL), wanted_1L, start)
+
+
+@pytest.mark.parametrize("case", ["normal", "all codes", "tied", "extremes"])
+def test_search_ends_in_few_passes(case):
+  """Brackets agree with a sort; passes are few, and bounded at the worst."""
+  rng = np.random.default_rng(7)
+  score_SL = rng.normal(size=(4096, 128)).astype(np.float32)
+  most = 20
+  if case == "all codes":
+    codes_SL = rng.integers(0, 2**31 - 2**24, (4096, 128), dtype=np.int32)
+    score_SL = codes_SL.view(np.float32) * np.sign(score_SL)
+    most = 43
+  elif case == "tied":
+    # Equal scores at the threshold, far from the least and the greatest.
+    score_SL[:] = np.float32(2.0) ** (-np.arange(128) // 2)
+    score_SL[:200], score_SL[-1] = 3e38, -3e38
+    most = 43
+  elif case == "extremes":
+    # Neighbouring floats at the threshold, all others far away.
+    score_SL[:] = -3e38
+    score_SL[:100] = 3e38
+    score_SL[100:700] = 1 + np.arange(600)[:, None] * np.float32(2**-23)
+    most = 43
+  top_k = 256
+  got = run_search(score_SL, top_k)
+  want_L = np.sort(score_SL, axis=0)[-top_k]
+  low_L = np.asarray(order.decode(got.low_1L))[0]
+  at_low_L = (score_SL >= low_L).sum(0)
+  np.testing.assert_array_equal(got.at_low_1L[0], at_low_L)
+  assert ((at_low_L == top_k) | (low_L == want_L)).all()
+  assert (at_low_L >= top_k).all() and (low_L <= want_L).all()
+  assert int(got.step) <= most
 
 
 def test_too_many_keys_are_refused():

@@ -1,7 +1,10 @@
 """The TPU kernels of gathered attention in the interpreter, against `ref`."""
 # B batch, T queries, S keys, H heads, C latent width, R rope width, N selected
 
+import functools
+
 import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from pallas_kernels.sparse_mla import ref
 from pallas_kernels.sparse_mla import sparse_mla
 from pallas_kernels.sparse_mla import tpu
 from pallas_kernels.sparse_mla import tpu_backward
-from pallas_kernels.sparse_mla import tpu_rows
+from pallas_kernels.sparse_mla import tpu_rows as rows
 from pallas_kernels.sparse_mla import tpu_segments
 from tests.support.tolerances import assert_close
 
@@ -101,9 +104,7 @@ def test_segments_of_keys_equal_the_definition(monkeypatch):
   arrays, indices, d_out = draw((1, 3, 115, 3, 40, 6, 60))
   rng = np.random.default_rng(1)
   indices[0, 1] = rng.integers(0, 40, indices.shape[2])
-  chip = tpu_rows.Chip(
-    forward_keys=40, backward_keys=40, pairs=True, additions=8
-  )
+  chip = rows.Chip(forward_keys=40, backward_keys=40, pairs=True, additions=8)
   how = {"interpret": INTERPRET, "chip": chip}
   out, lse = tpu.forward(*arrays, indices, SCALE, **how)
   d_arrays = tpu_backward.backward(
@@ -112,6 +113,34 @@ def test_segments_of_keys_equal_the_definition(monkeypatch):
   want = wanted(arrays, indices, d_out)
   for one_got, one_want in zip((out, lse, *d_arrays), want):
     assert_close(one_got, one_want, "bfloat16")
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_all_gathers_copy_the_listed_rows(pairs):
+  words, keys, selected = 3, 9, 16
+  rng = np.random.default_rng(0)
+  size = rows.round_up(rows.FRONT + words * keys + 8, 8)
+  table = rng.integers(0, 2**30, (size, rows.LANES)).astype(np.int32)
+  key_N = rng.integers(0, keys, selected)
+  key_N[[1, 3]] = [0, keys - 1]
+  list_1N = jnp.asarray(rows.FRONT + words * key_N, jnp.int32)[None]
+  if pairs:
+    list_1N = rows.pair_lists(list_1N, words)
+  place_NW = rows.FRONT + words * key_N[:, None] + np.arange(words)
+  copies = (
+    rows.gather_pairs if pairs else rows.gather,
+    functools.partial(rows.gather_loop, pairs),
+  )
+  for copy in copies:
+
+    def kernel(list_ref, table_ref, out_ref, copy=copy):
+      copy(table_ref, list_ref, out_ref, words, 0, selected)
+
+    shape = jax.ShapeDtypeStruct((words * selected, rows.LANES), jnp.int32)
+    got = pl.pallas_call(kernel, out_shape=shape, interpret=True)(
+      list_1N, table
+    )
+    np.testing.assert_array_equal(got, table[place_NW.reshape(-1)])
 
 
 def test_other_dtypes_are_refused():
