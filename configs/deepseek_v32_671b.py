@@ -23,7 +23,9 @@ from experiments import common
 _LENGTH = 131072
 
 
-def _train(stage, *, peak, steps, sequences, microbatches, packing="concat"):
+def _train(
+  stage, *, peak, steps, sequences, microbatches, mesh, packing="concat"
+):
   """A stage over 1024 devices; what is not the paper's is named as ours."""
   return run.TrainConfig(
     model=presets.deepseek_v32_671b(),
@@ -40,8 +42,7 @@ def _train(stage, *, peak, steps, sequences, microbatches, packing="concat"):
       packing=packing,
     ),
     steps=steps,
-    # Ours: the paper trains on GPUs and prints no layout.
-    mesh=sharding.MeshConfig(fsdp=4, expert=16, context=16),
+    mesh=mesh,
     microbatches=microbatches,
     remat="save_attention",
     parameter_dtype="float32",
@@ -50,13 +51,29 @@ def _train(stage, *, peak, steps, sequences, microbatches, packing="concat"):
   )
 
 
+# Ours: the paper trains on GPUs and prints no layout. The sequences of a
+# microbatch divide over fsdp x expert.
+_MESH = sharding.MeshConfig(fsdp=2, expert=16, context=32)
+_MESH_OF_FEW = sharding.MeshConfig(expert=16, context=64)
+
+
 def get_config(variant: str = "sparse"):
   variants = {
     "dense_warmup": lambda: _train(
-      stages.DENSE_WARMUP, peak=1e-3, steps=1000, sequences=16, microbatches=1
+      stages.DENSE_WARMUP,
+      peak=1e-3,
+      steps=1000,
+      sequences=16,
+      microbatches=1,
+      mesh=_MESH_OF_FEW,
     ),
     "sparse": lambda: _train(
-      stages.SPARSE, peak=7.3e-6, steps=15000, sequences=480, microbatches=8
+      stages.SPARSE,
+      peak=7.3e-6,
+      steps=15000,
+      sequences=480,
+      microbatches=15,
+      mesh=_MESH,
     ),
     # Ours: the paper says nothing of the fine-tuning's size.
     "sft": lambda: _train(
@@ -64,7 +81,8 @@ def get_config(variant: str = "sparse"):
       peak=5e-6,
       steps=1000,
       sequences=64,
-      microbatches=1,
+      microbatches=2,
+      mesh=_MESH,
       packing="first_fit",
     ),
   }

@@ -45,9 +45,9 @@ _PLATFORM = flags.DEFINE_string(
   " or gpu:h100, gpu:h200.",
 )
 _OPERATIONS = flags.DEFINE_list(
-  "operations", list(cases.OPERATIONS), "Operations, by name."
+  "op", list(cases.OPERATIONS), "Operations, by name."
 )
-_CASES = flags.DEFINE_list("cases", [], "Cases, by name; none: all of them.")
+_CASES = flags.DEFINE_list("case", [], "Cases, by name; none: all of them.")
 _IMPLEMENTATIONS = flags.DEFINE_list(
   "implementations", [], "Implementations; none: all that the platform runs."
 )
@@ -103,13 +103,13 @@ def wanted(table, by_name: bool = True) -> list[cases.Case]:
   """
   for name in _OPERATIONS.value:
     if name not in cases.OPERATIONS:
-      raise ValueError(f"--operations has {name!r}, not in {cases.OPERATIONS}")
+      raise ValueError(f"--op has {name!r}, not in {cases.OPERATIONS}")
   table = [case for case in table if case.operation in _OPERATIONS.value]
   found = [case for case in table if case.name in _CASES.value]
   if not _CASES.value or not (found or by_name):
     return table
   if not found:
-    raise ValueError(f"no case has a name of --cases={_CASES.value}")
+    raise ValueError(f"no case has a name of --case={_CASES.value}")
   return found
 
 
@@ -232,6 +232,8 @@ def schedule(table) -> bool:
         }
         found |= compiled(found)
         emit({"mode": "schedule"} | found)
+        for row in budget.rows(found):
+          emit(row)
         results.append(found)
   sys.stderr.write("\n".join(map(budget.table, results)) + "\n")
   if _BUDGET.value is not None:

@@ -65,6 +65,41 @@ def exceeded(
   return lines
 
 
+def rows(result: dict) -> list[dict]:
+  """Returns a flat row for the largest loop of each TPU kernel.
+
+  `bundles` and `minimum_cycles` are of one trip: what it executes, and what
+  its matrix products alone would take; the slots are shares from 0 to 1.
+  """
+  found = []
+  for kernel in result.get("kernels", ()):
+    loops = [x for x in kernel["loops"] if x.get("step")]
+    if not loops:
+      continue
+    loop = max(loops, key=lambda x: x["step"])
+    least, shares = loop["mxu_least"], loop["shares"]
+    found.append(
+      {
+        "mode": "schedule_row",
+        "op": result["operation"],
+        "pass": result["direction"],
+        "case": result["case"],
+        "dtype": result["dtype"],
+        "topology": result["platform"].removeprefix("tpu:"),
+        "kernel": kernel["name"],
+        "bundles": loop["step"],
+        "minimum_cycles": least,
+        "ratio": loop["step"] / least if least else None,
+        "mxu": shares["MXU"],
+        "valu": shares["VALU"],
+        "load": shares["VLOAD"],
+        "store": shares["VSTORE"],
+        "spill": shares["VSTORE:SPILL"],
+      }
+    )
+  return found
+
+
 def table(result: dict) -> str:
   """Describes a compiled problem: a line for it, each kernel and each loop."""
   for word in ("skipped", "failed"):

@@ -73,10 +73,12 @@ def compile_step(config: run.TrainConfig, devices) -> tuple[Report, object]:
     The report and the compiled step.
 
   Raises:
-    ValueError: if the mesh does not fit the devices.
+    ValueError: if the mesh does not fit the devices, or the sequences of a
+      microbatch do not divide over it.
     DoesNotFit: if the step needs more memory than a device has.
   """
   mesh = sharding.make_mesh(config.mesh, devices)
+  _check_batch(config, mesh)
   started = time.perf_counter()
   with jax.set_mesh(mesh):
     graph, state = run.abstract_state(config, mesh)
@@ -109,6 +111,18 @@ def abstract_batch(config: run.TrainConfig, mesh) -> batch_lib.Batch:
     segments_BT=described(jnp.int32),
     positions_BT=described(jnp.int32),
   )
+
+
+def _check_batch(config, mesh):
+  """Sequences that do not divide would be held by many devices at once."""
+  rows = config.data.batch_size // config.microbatches
+  shards = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+  if rows % shards:
+    raise ValueError(
+      f"a microbatch has {rows} sequences (data.batch_size="
+      f"{config.data.batch_size}, microbatches={config.microbatches}), which"
+      f" do not divide over the {shards} shards of data x fsdp x expert"
+    )
 
 
 def _report(config, mesh, compiled, seconds):

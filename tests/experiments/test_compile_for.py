@@ -43,6 +43,17 @@ def test_reports_a_step_on_forced_cpu_devices(tmp_path):
   assert report["sorts"] == 0
 
 
+def test_sequences_that_do_not_divide_are_named():
+  finished = compile_for(
+    "--topology=cpu:2",
+    "--config=configs/tiny.py:pretrain",
+    "--config.mesh.data=2",
+    "--config.data.batch_size=3",
+  )
+  assert finished.returncode == 1
+  assert "a microbatch has 3 sequences" in finished.stderr
+
+
 @pytest.mark.parametrize(
   "topology,told",
   [

@@ -33,8 +33,8 @@ def test_checks_and_times_and_writes_the_table(tmp_path):
     "--mode=bench",
     "--platform=cpu",
     "--shapes=small",
-    "--operations=sparse_mla",
-    "--cases=causal,prefill",
+    "--op=sparse_mla",
+    "--case=causal,prefill",
     "--implementations=xla",
     "--seconds=0.01",
     "--seeds=1",
@@ -66,13 +66,13 @@ MISTAKES = (
   (["--mode=nonsense"], "--mode=nonsense"),
   (["--implementations=nonsense"], "nonsense"),
   (
-    ["--mode=schedule", "--platform=tpu:v5p:2x2x1", "--operations=expert_ffn"],
+    ["--mode=schedule", "--platform=tpu:v5p:2x2x1", "--op=expert_ffn"],
     "no operation has kernels for 'tpu'",
   ),
 )
 MORE_MISTAKES = (
-  (["--operations=nonsense"], "nonsense"),
-  (["--cases=nonsense"], "nonsense"),
+  (["--op=nonsense"], "nonsense"),
+  (["--case=nonsense"], "nonsense"),
   (["--platform=nonsense"], "nonsense"),
   (["--mode=schedule", "--platform=cpu"], "names no device"),
   (["--readme=README.md"], "--workdir"),
