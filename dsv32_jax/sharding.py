@@ -1,10 +1,11 @@
 """The mesh: its axes, the rules that map logical axes to it, and shard_map.
 
 Model code names logical axes only. This file alone knows the mesh. Axes:
-`data` and `fsdp` split the batch (and fsdp the weights), `expert` splits the
-experts and, outside them, the batch, `context` splits the sequence, `tensor`
-splits heads and hidden widths. Inside the attention all heads of a query stay
-together: `context` and `tensor` split its queries.
+`data` and `fsdp` split the batch, `expert` splits the experts and, outside
+them, the batch, `context` splits the sequence, `fsdp` and `context` split the
+weights and their moments, `tensor` splits heads and hidden widths. Inside the
+attention all heads of a query stay together: `context` and `tensor` split its
+queries.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ RULES = {
   "length": ("context",),
   "queries": ("context", "tensor"),
   "vocab": ("tensor",),
-  "embed": ("fsdp",),
+  # Over context too: each device of a sequence holds its share of the weights.
+  "embed": ("fsdp", "context"),
   "heads": ("tensor",),
   "ffn": ("tensor",),
   "experts": ("expert",),
