@@ -7,6 +7,8 @@ import os
 import pathlib
 import platform
 
+from experiments import readme_block
+
 BEGIN = "<!-- benchmark: begin -->"
 END = "<!-- benchmark: end -->"
 PACKAGES = ("jax", "flax", "torch", "transformers")
@@ -56,13 +58,7 @@ def write(results: pathlib.Path, readme: pathlib.Path) -> None:
     ValueError: the file lacks the markers, or a result is missing.
   """
   rows = [json.loads(row) for row in results.read_text().splitlines()]
-  text = readme.read_text(encoding="utf-8")
-  if text.count(BEGIN) != 1 or text.count(END) != 1:
-    raise ValueError(f"{readme} needs one {BEGIN} and one {END}")
-  before, rest = text.split(BEGIN)
-  after = rest.split(END)[1]
-  body = f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
-  readme.write_text(body, encoding="utf-8")
+  readme_block.replace(readme, BEGIN, END, table(rows))
 
 
 def table(rows: list[dict]) -> str:

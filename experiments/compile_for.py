@@ -8,10 +8,11 @@ that many CPU devices. Exit code 2 says that the step compiled, or failed to,
 because it does not fit.
 """
 
-from experiments import no_accelerator  # isort: skip
+from experiments import no_accelerator  # noqa: F401  isort: skip
 
 import dataclasses
 import json
+import os
 import sys
 
 from absl import flags
@@ -23,8 +24,6 @@ from dsv32_jax import config_files
 from dsv32_jax.training import ahead
 from dsv32_jax.training import run
 from experiments import common
-
-assert no_accelerator
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "Generation and shape, as v5p:8x8x16, or cpu:DEVICES."
@@ -47,6 +46,11 @@ def main(argv):
   del argv
   if _TOPOLOGY.value is None:
     raise ValueError("--topology is missing")
+  if _OUTPUT.value is not None:
+    # Minutes of compiling are not to end in a folder that is not there.
+    path = os.path.abspath(_OUTPUT.value)
+    if os.path.isdir(path) or not os.access(os.path.dirname(path), os.W_OK):
+      raise ValueError(f"--output={path} cannot be written")
   generation, _, shape = _TOPOLOGY.value.partition(":")
   devices = _devices(generation, shape)
   config = config_files.build(run.TrainConfig, flags.FLAGS.config)
@@ -65,7 +69,11 @@ def main(argv):
   try:
     found, _ = ahead.compile_step(config, devices)
   except ahead.DoesNotFit as error:
-    report |= {"fits": False, "why": str(error)}
+    report |= ahead.counts(config) | {
+      "temporary_bytes_per_device": error.needed_bytes,
+      "fits": False,
+      "why": str(error),
+    }
   else:
     report |= dataclasses.asdict(found)
     report["fits"] = (

@@ -15,6 +15,7 @@ import sys
 import matplotlib
 import matplotlib.pyplot as plt
 
+from experiments import readme_block
 from pallas_kernels import roofline
 
 BEGIN = "<!-- kernels: begin -->"
@@ -135,18 +136,14 @@ def write(results: pathlib.Path, readme: pathlib.Path) -> None:
     ValueError: the file lacks the markers, or there are no timings.
   """
   rows = [json.loads(row) for row in results.read_text().splitlines()]
-  text = readme.read_text(encoding="utf-8")
-  if text.count(BEGIN) != 1 or text.count(END) != 1:
-    raise ValueError(f"{readme} needs one {BEGIN} and one {END}")
-  before, rest = text.split(BEGIN)
-  after = rest.split(END)[1]
+  readme_block.split(readme, BEGIN, END)
   body = table(rows)
   picture = results.with_name(PLOT).resolve()
   plot(rows, picture)
   if picture.is_relative_to(readme.resolve().parent):
     link = picture.relative_to(readme.resolve().parent).as_posix()
     body += f"\n\n![Roofline of the kernels]({link})"
-  readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+  readme_block.replace(readme, BEGIN, END, body)
 
 
 if __name__ == "__main__":

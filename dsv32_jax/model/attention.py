@@ -228,7 +228,9 @@ def select(options, form, index, index_key_BSK, sight, *, layer, replay):
     A Selection, or None where every visible key is selected.
   """
   want_indices = form == "gathered"
-  kernels = cost_rule.choose_kernels(options, sight.slots_BT.shape[1])
+  kernels = cost_rule.choose_kernels(
+    options, sight.slots_BT.shape[1], index.query_BTIK.dtype
+  )
   if replay is not None:
     return selection_lib.from_replay(
       replay,
@@ -292,7 +294,9 @@ def attend(options, form, projected, chosen, sight, index, index_key, *, scale):
     gathers = form == "gathered"
     keys = chosen.indices_BTN if gathers else chosen.mask_BTW
   loss = options.indexer_loss
-  kernels = cost_rule.choose_kernels(options, sight.slots_BT.shape[1])
+  kernels = cost_rule.choose_kernels(
+    options, sight.slots_BT.shape[1], projected.latent_BSC.dtype
+  )
 
   def run(*args):
     projected, (keys, slots, query_segments, key_segments) = (

@@ -141,7 +141,7 @@ class Block(nnx.Module):
       ffn_BTD, routing = self.ffn(
         normed_BTD,
         inputs.experts_BTA,
-        kernels=cost_rule.choose_kernels(options, x_BTD.shape[1]),
+        implementation=cost_rule.choose_experts(options),
       )
     else:
       ffn_BTD = self.ffn(normed_BTD)

@@ -6,6 +6,7 @@ Both can be overridden in `attention.AttentionOptions`.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dsv32_jax.model import selection as selection_lib
 
@@ -64,17 +65,28 @@ def choose_form(options, num_queries: int, num_keys: int) -> str:
   return "expanded"
 
 
-def choose_kernels(options, num_queries: int) -> str:
-  """Returns the name of the implementation to ask the operations for."""
+def choose_kernels(options, num_queries: int, dtype) -> str:
+  """Returns the name of the implementation to ask the operations for.
+
+  Args:
+    options: AttentionOptions.
+    num_queries: queries of a sequence in this call.
+    dtype: of the activations; the TPU's gathered form takes bfloat16 alone.
+  """
   if options.kernels is not None:
     return options.kernels
   on_tpu = jax.default_backend() == "tpu" and num_queries > FEW_QUERIES
-  return "tpu" if on_tpu else "xla"
+  return "tpu" if on_tpu and dtype == jnp.bfloat16 else "xla"
+
+
+def choose_experts(options) -> str:
+  """Returns the implementation of `expert_ffn`: grouped products off CPUs."""
+  return "xla" if _platform(options) == "cpu" else "ragged"
 
 
 def _platform(options):
   """Whose costs count: the named kernels', else the default device's."""
-  if options.kernels is not None and options.kernels.startswith("tpu"):
-    return "tpu"
+  if options.kernels in ("tpu", "gpu"):
+    return options.kernels
   backend = jax.default_backend()
-  return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
+  return backend if backend in CROSSOVERS else "cpu"

@@ -174,8 +174,8 @@ class MoE(nnx.Module):
       else None
     )
 
-  def __call__(self, x_BTD, replay_BTA=None, *, kernels="xla"):
-    """Returns out_BTD and the Routing; `kernels` as in attention.KERNELS."""
+  def __call__(self, x_BTD, replay_BTA=None, *, implementation=None):
+    """Returns out_BTD and the Routing; `implementation` is of `expert_ffn`."""
     routing = route(
       x_BTD, self.router[...], self.expert_bias[...], self.config, replay_BTA
     )
@@ -183,14 +183,16 @@ class MoE(nnx.Module):
       x_BTD,
       routing,
       *(w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down)),
-      kernels,
+      implementation,
     )
     if self.shared is not None:
       out_BTD = out_BTD + self.shared(x_BTD).astype(jnp.float32)
     return out_BTD.astype(x_BTD.dtype), routing
 
 
-def routed_experts(x_BTD, routing, gate_EDF, up_EDF, down_EFD, kernels="xla"):
+def routed_experts(
+  x_BTD, routing, gate_EDF, up_EDF, down_EFD, implementation=None
+):
   """Sums the chosen experts' outputs, in float32.
 
   Where the mesh splits the experts, tokens travel to them and back; where it
@@ -200,11 +202,10 @@ def routed_experts(x_BTD, routing, gate_EDF, up_EDF, down_EFD, kernels="xla"):
     x_BTD: normed input.
     routing: the tokens' Routing.
     gate_EDF: of all experts; likewise up_EDF, down_EFD.
-    kernels: a name in attention.KERNELS.
+    implementation: of `expert_ffn`. With "ragged", which is for accelerators,
+      tokens travel by `ragged_all_to_all`, which CPUs do not have.
   """
   num_experts, _, hidden = gate_EDF.shape
-  on_tpu = kernels == "tpu"
-  implementation = "ragged" if on_tpu else "xla"
 
   def run(x_BTD, experts_BTA, weights_BTA, gate_EDF, up_EDF, down_EFD):
     tokens = x_BTD.shape[0] * x_BTD.shape[1]
@@ -224,7 +225,7 @@ def routed_experts(x_BTD, routing, gate_EDF, up_EDF, down_EFD, kernels="xla"):
         axis="expert",
         devices=devices,
         capacity=expert_exchange.default_capacity(rows[1].size, devices),
-        ragged=on_tpu,
+        ragged=implementation == "ragged",
         implementation=implementation,
       )
       out_TD = expert_exchange.exchanged_experts(exchange, *rows, *matrices)

@@ -59,7 +59,15 @@ class Report:
 
 
 class DoesNotFit(ValueError):
-  """The compiler ran out of the device's memory."""
+  """The compiler ran out of the device's memory.
+
+  Attributes:
+    needed_bytes: of temporary memory, or None if the compiler does not say.
+  """
+
+  def __init__(self, message: str, needed_bytes: int | None = None):
+    super().__init__(message)
+    self.needed_bytes = needed_bytes
 
 
 def compile_step(config: run.TrainConfig, devices) -> tuple[Report, object]:
@@ -125,24 +133,27 @@ def _check_batch(config, mesh):
     )
 
 
+def counts(config: run.TrainConfig) -> dict:
+  """Returns what a report says of a step before it is compiled."""
+  sequences, length = config.data.batch_size, config.data.sequence_length
+  counted = flops.step_flops(config.model, config.stage, sequences, length)
+  return {
+    "model_flops_per_step": counted.total,
+    "flops_by_part": counted._asdict(),
+    "global_batch": sequences,
+    "sequence_length": length,
+  }
+
+
 def _report(config, mesh, compiled, seconds):
   memory = compiled.memory_analysis()
   text = compiled.as_text()
-  counted = flops.step_flops(
-    config.model,
-    config.stage,
-    config.data.batch_size,
-    config.data.sequence_length,
-  )
   report = Report(
     devices=math.prod(mesh.shape.values()),
     argument_bytes_per_device=memory.argument_size_in_bytes,
     temporary_bytes_per_device=memory.temp_size_in_bytes,
     peak_bytes_per_device=memory.peak_memory_in_bytes,
-    model_flops_per_step=counted.total,
-    flops_by_part=counted._asdict(),
-    global_batch=config.data.batch_size,
-    sequence_length=config.data.sequence_length,
+    **counts(config),
     compile_seconds=round(seconds, 1),
     sorts=len(re.findall(r" sort\(", text)),
     collectives={
@@ -159,7 +170,10 @@ def _explained(error):
   text = str(error)
   if "RESOURCE_EXHAUSTED" not in text:
     return error
-  found = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", text)
+  found = re.search(r"\(([\d.]+)G\) exceeds available HBM \((\S+)\)", text)
   if found is None:
     return DoesNotFit(text.splitlines()[0])
-  return DoesNotFit(f"needs {found[1]} of a device's {found[2]}")
+  needed = float(found[1])
+  return DoesNotFit(
+    f"needs {needed}G of a device's {found[2]}", int(needed * 2**30)
+  )

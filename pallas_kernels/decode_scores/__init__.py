@@ -6,12 +6,10 @@ score[s] = scale[s] * sum_i weight[i] * relu(query[i] . key[s]) in float32
 # B requests, N pages of a request, P pages of the cache, Z keys of a page,
 # S keys of a request (N*Z), I index heads, K index width
 
-import functools
-
 import jax
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from pallas_kernels import implementations
 from pallas_kernels.decode_scores import ref
 from pallas_kernels.decode_scores import tpu
 from pallas_kernels.decode_scores import xla
@@ -51,23 +49,18 @@ def decode_scores(
     ValueError: shapes that do not fit, or an unknown implementation.
   """
   _check(query_BIK, weight_BI, page_PZK, scale_PZ, table_BN, lengths_B)
-  interpret = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan"
-  )
-  implementations = {
+  scores = {
     "ref": ref.scores,
     "xla": xla.scores,
     "tpu": tpu.scores,
-    "tpu_interpret": functools.partial(tpu.scores, interpret=interpret),
+    "tpu_interpret": implementations.interpreted(tpu.scores),
   }
-  name = "xla" if implementation is None else implementation
-  if name not in implementations:
-    raise ValueError(f"{implementation=} is not one of {list(implementations)}")
+  name = implementations.choose(scores, implementation)
   keys = page_PZK.shape[1] * table_BN.shape[1]
   lengths_B = jnp.clip(lengths_B.astype(jnp.int32), 0, keys)
   used_BN = jnp.arange(keys)[:: page_PZK.shape[1]] < lengths_B[:, None]
   table_BN = jnp.where(used_BN, table_BN, 0).astype(jnp.int32)
-  return implementations[name](
+  return scores[name](
     query_BIK, weight_BI, page_PZK, scale_PZ, table_BN, lengths_B
   )
 

@@ -7,6 +7,7 @@ dropped, however uneven the routing; memory is a constant times T*A rows.
 
 import jax.numpy as jnp
 
+from pallas_kernels import implementations
 from pallas_kernels.expert_ffn import ragged
 from pallas_kernels.expert_ffn import ref
 from pallas_kernels.expert_ffn import xla
@@ -52,11 +53,7 @@ def expert_ffn(
   Raises:
     ValueError: shapes or dtypes that do not fit, an unknown implementation.
   """
-  name = "xla" if implementation is None else implementation
-  if name not in _IMPLEMENTATIONS:
-    raise ValueError(
-      f"{implementation=} is not one of {sorted(_IMPLEMENTATIONS)}"
-    )
+  name = implementations.choose(_IMPLEMENTATIONS, implementation)
   _check(x_TD, experts_TA, weights_TA, gate_EDF, up_EDF, down_EFD)
   return _IMPLEMENTATIONS[name](
     x_TD, experts_TA, weights_TA, gate_EDF, up_EDF, down_EFD

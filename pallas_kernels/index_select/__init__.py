@@ -8,13 +8,12 @@ lowest index, -0.0 equal to 0.0.
 # B batch, T queries, S keys, I index heads, K index width, W words of 32 keys,
 # N selected keys
 
-import functools
 from typing import NamedTuple
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from pallas_kernels import implementations
 from pallas_kernels import visibility
 from pallas_kernels.index_select import gpu
 from pallas_kernels.index_select import ref
@@ -86,19 +85,14 @@ def index_select(
   _check(query_BTIK, key_BSK, weight_BTI, slots_BT, key_scale_BS, top_k)
   num_keys = key_BSK.shape[1]
   visibility.check(slots_BT, num_keys, query_segments_BT, key_segments_BS)
-  interpret = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan"
-  )
-  implementations = {
+  select = {
     "ref": ref.select,
     "xla": xla.select,
     "gpu": gpu.select,
     "tpu": tpu.select,
-    "tpu_interpret": functools.partial(tpu.select, interpret=interpret),
+    "tpu_interpret": implementations.interpreted(tpu.select),
   }
-  name = "xla" if implementation is None else implementation
-  if name not in implementations:
-    raise ValueError(f"{implementation=} is not one of {list(implementations)}")
+  name = implementations.choose(select, implementation)
   arrays = jax.lax.stop_gradient(
     (
       query_BTIK,
@@ -111,7 +105,7 @@ def index_select(
     )
   )
   return Selected(
-    *implementations[name](
+    *select[name](
       *arrays, top_k=top_k, want_mask=want_mask, want_indices=want_indices
     )
   )

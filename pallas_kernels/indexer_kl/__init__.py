@@ -20,6 +20,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import implementations
 from pallas_kernels import visibility
 from pallas_kernels.indexer_kl import checks
 from pallas_kernels.indexer_kl import gathered
@@ -86,7 +87,7 @@ def indexer_kl(
     query_segments_BT,
     key_segments_BS,
   )
-  evaluate = _choose(implementation, _MASKED)
+  evaluate = _MASKED[implementations.choose(_MASKED, implementation)]
   return _per_query(evaluate, float(scale), *arrays)
 
 
@@ -124,7 +125,7 @@ def indexer_kl_loss(
     key_segments_BS,
   )
   checks.token_weight(token_weight_BT, slots_BT.shape)
-  evaluate = _choose(implementation, _MASKED)
+  evaluate = _MASKED[implementations.choose(_MASKED, implementation)]
   return _loss(evaluate, scale, arrays, token_weight_BT)
 
 
@@ -176,7 +177,7 @@ def indexer_kl_gathered(
     lse_BTH,
     indices_BTN,
   )
-  evaluate = _choose(implementation, _GATHERED)
+  evaluate = _GATHERED[implementations.choose(_GATHERED, implementation)]
   return _per_query(evaluate, float(scale), *arrays)
 
 
@@ -211,7 +212,7 @@ def indexer_kl_gathered_loss(
     indices_BTN,
   )
   checks.token_weight(token_weight_BT, indices_BTN.shape[:2])
-  evaluate = _choose(implementation, _GATHERED)
+  evaluate = _GATHERED[implementations.choose(_GATHERED, implementation)]
   return _loss(evaluate, scale, arrays, token_weight_BT)
 
 
@@ -227,14 +228,6 @@ def _gathered_arrays(*arrays):
   return arrays[:3], jax.lax.stop_gradient(arrays[3:])
 
 
-def _choose(implementation, implementations):
-  """Returns what gives (kl_BT, gradients) under an implementation's name."""
-  name = "xla" if implementation is None else implementation
-  if name not in implementations:
-    raise ValueError(f"{implementation=} is not one of {list(implementations)}")
-  return implementations[name]
-
-
 def _evaluate_reference(reference, scale, trained, constants, weight_BT):
   """Gives a reference its gradient by automatic differentiation."""
   kl_BT, pull_back = jax.vjp(
@@ -247,7 +240,7 @@ _MASKED = {
   "ref": functools.partial(_evaluate_reference, ref.indexer_kl),
   "xla": xla.evaluate,
   "tpu": tpu.evaluate,
-  "tpu_interpret": tpu.evaluate_interpreted,
+  "tpu_interpret": implementations.interpreted(tpu.evaluate),
 }
 _GATHERED = {
   "ref": functools.partial(_evaluate_reference, ref.indexer_kl_gathered),

@@ -19,27 +19,13 @@ outputs twice, for the pipeline.
 """
 # B batch, T queries, H attention heads, G key heads (H or 1), Q query width
 
-from jax.experimental.pallas import tpu as pltpu
-
 from pallas_kernels.indexer_kl import tpu_gradient
 from pallas_kernels.indexer_kl import tpu_tiles
 from pallas_kernels.indexer_kl import tpu_values
 
 
-def evaluate(scale, trained, constants, weight_BT):
+def evaluate(scale, trained, constants, weight_BT, *, interpret=False):
   """Returns (kl_BT, gradients of sum(weight kl) by `trained`, or None)."""
-  return _evaluate(False, scale, trained, constants, weight_BT)
-
-
-def evaluate_interpreted(scale, trained, constants, weight_BT):
-  """Runs `evaluate` in the TPU interpreter, with its race detection."""
-  interpret = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan"
-  )
-  return _evaluate(interpret, scale, trained, constants, weight_BT)
-
-
-def _evaluate(interpret, scale, trained, constants, weight_BT):
   sizes = tpu_tiles.choose_sizes(constants[0].shape, constants[1].shape)
   inputs, tables = tpu_tiles.arrange(sizes, trained, constants)
   rows_B8T = tpu_values.values(sizes, interpret, scale, inputs, tables)

@@ -11,10 +11,10 @@ over the latent).
 import functools
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels import bitmask
+from pallas_kernels import implementations
 from pallas_kernels import visibility
 from pallas_kernels.masked_attention import gpu
 from pallas_kernels.masked_attention import gpu_backward
@@ -23,25 +23,19 @@ from pallas_kernels.masked_attention import tpu
 from pallas_kernels.masked_attention import tpu_backward
 from pallas_kernels.masked_attention import xla
 
-# Unwritten memory reads as NaN, and concurrent accesses are reported.
-_INTERPRET = pltpu.InterpretParams(
-  detect_races=True, uninitialized_memory="nan"
-)
 _FORWARD = {
   "ref": ref.forward,
   "xla": xla.forward,
   "gpu": gpu.forward,
   "tpu": tpu.forward,
-  "tpu_interpret": functools.partial(tpu.forward, interpret=_INTERPRET),
+  "tpu_interpret": implementations.interpreted(tpu.forward),
 }
 _BACKWARD = {
   "ref": ref.backward,
   "xla": xla.backward,
   "gpu": gpu_backward.backward,
   "tpu": tpu_backward.backward,
-  "tpu_interpret": functools.partial(
-    tpu_backward.backward, interpret=_INTERPRET
-  ),
+  "tpu_interpret": implementations.interpreted(tpu_backward.backward),
 }
 
 
@@ -88,9 +82,7 @@ def masked_attention(
   Raises:
     ValueError: shapes or dtypes that do not fit, an unknown implementation.
   """
-  name = "xla" if implementation is None else implementation
-  if name not in _FORWARD:
-    raise ValueError(f"{implementation=} is not one of {sorted(_FORWARD)}")
+  name = implementations.choose(_FORWARD, implementation)
   _check(query_BTHQ, key_BSGQ, value_BSGV, slots_BT, mask_BTW)
   visibility.check(
     slots_BT, key_BSGQ.shape[1], query_segments_BT, key_segments_BS

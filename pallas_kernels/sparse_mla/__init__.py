@@ -8,9 +8,9 @@ key [latent | rope] and one value, the latent, for all heads, gathered by index.
 import functools
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from pallas_kernels import implementations
 from pallas_kernels.sparse_mla import gpu
 from pallas_kernels.sparse_mla import gpu_backward
 from pallas_kernels.sparse_mla import ref
@@ -18,25 +18,19 @@ from pallas_kernels.sparse_mla import tpu
 from pallas_kernels.sparse_mla import tpu_backward
 from pallas_kernels.sparse_mla import xla
 
-# Finds races; memory reads as NaN until it is written.
-_INTERPRET = pltpu.InterpretParams(
-  detect_races=True, uninitialized_memory="nan"
-)
 _FORWARD = {
   "ref": ref.forward,
   "xla": xla.forward,
   "gpu": gpu.forward,
   "tpu": tpu.forward,
-  "tpu_interpret": functools.partial(tpu.forward, interpret=_INTERPRET),
+  "tpu_interpret": implementations.interpreted(tpu.forward),
 }
 _BACKWARD = {
   "ref": ref.backward,
   "xla": xla.backward,
   "gpu": gpu_backward.backward,
   "tpu": tpu_backward.backward,
-  "tpu_interpret": functools.partial(
-    tpu_backward.backward, interpret=_INTERPRET
-  ),
+  "tpu_interpret": implementations.interpreted(tpu_backward.backward),
 }
 
 
@@ -75,9 +69,7 @@ def sparse_mla(
   Raises:
     ValueError: shapes or dtypes that do not fit, an unknown implementation.
   """
-  name = "xla" if implementation is None else implementation
-  if name not in _FORWARD:
-    raise ValueError(f"{implementation=} is not one of {sorted(_FORWARD)}")
+  name = implementations.choose(_FORWARD, implementation)
   arrays = (query_latent_BTHC, query_rope_BTHR, latent_BSC, key_rope_BSR)
   _check(*arrays, indices_BTN)
   return _attend(name, float(scale), *arrays, indices_BTN)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -70,8 +71,20 @@ def test_the_cost_rule_knows_lengths_and_platforms():
   assert cost_rule.choose_form(top_k, 4096, 4096) == "gathered"
   assert cost_rule.choose_form(on_tpu, 8192, 8192) == "expanded"
   assert cost_rule.choose_form(on_tpu, 16384, 16384) == "gathered"
-  assert cost_rule.choose_kernels(top_k, 4096) == "xla"
-  assert cost_rule.choose_kernels(on_tpu, 1) == "tpu"
+  assert cost_rule.choose_kernels(top_k, 4096, jnp.bfloat16) == "xla"
+  assert cost_rule.choose_kernels(on_tpu, 1, jnp.float32) == "tpu"
+  assert cost_rule.choose_experts(top_k) == "xla"
+  assert cost_rule.choose_experts(on_tpu) == "ragged"
+
+
+def test_a_tpu_gets_its_kernels_for_what_they_take(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  top_k = attention.AttentionOptions(select=selection.TopK(256))
+  assert cost_rule.choose_kernels(top_k, 4096, jnp.bfloat16) == "tpu"
+  # Gathered attention there takes bfloat16 alone, and one query fills no tile.
+  assert cost_rule.choose_kernels(top_k, 4096, jnp.float32) == "xla"
+  assert cost_rule.choose_kernels(top_k, 1, jnp.bfloat16) == "xla"
+  assert cost_rule.choose_form(top_k, 8192, 8192) == "expanded"
 
 
 def test_unknown_kernels_are_named():

@@ -5,11 +5,11 @@ import functools
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import implementations
 from pallas_kernels.sparse_mla import ref
 from pallas_kernels.sparse_mla import sparse_mla
 from pallas_kernels.sparse_mla import tpu
@@ -19,7 +19,6 @@ from pallas_kernels.sparse_mla import tpu_segments
 from tests.support.tolerances import assert_close
 
 SCALE = 0.3
-INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 # batch, queries, keys, heads, latent, rope, selected
 ODD = (2, 3, 50, 3, 300, 6, 30)
 
@@ -105,7 +104,7 @@ def test_segments_of_keys_equal_the_definition(monkeypatch):
   rng = np.random.default_rng(1)
   indices[0, 1] = rng.integers(0, 40, indices.shape[2])
   chip = rows.Chip(forward_keys=40, backward_keys=40, pairs=True, additions=8)
-  how = {"interpret": INTERPRET, "chip": chip}
+  how = {"interpret": implementations.INTERPRET, "chip": chip}
   out, lse = tpu.forward(*arrays, indices, SCALE, **how)
   d_arrays = tpu_backward.backward(
     *arrays, indices, SCALE, out, lse, d_out, **how

@@ -1,0 +1,29 @@
+"""What the fronts share: choosing an implementation, interpreting a TPU's."""
+
+import functools
+
+from jax.experimental.pallas import tpu as pltpu
+
+# Memory reads as NaN until it is written, and concurrent accesses are reported.
+INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+
+def interpreted(kernel):
+  """Returns a TPU implementation that the interpreter runs on any device."""
+  return functools.partial(kernel, interpret=INTERPRET)
+
+
+def choose(implementations, implementation: str | None) -> str:
+  """Returns the name of the implementation to use; None is "xla".
+
+  Args:
+    implementations: the names there are.
+    implementation: one of them, or None.
+
+  Raises:
+    ValueError: if it is none of them.
+  """
+  name = "xla" if implementation is None else implementation
+  if name not in implementations:
+    raise ValueError(f"{implementation=} is not one of {list(implementations)}")
+  return name
