@@ -37,16 +37,24 @@ _SMOKE = flags.DEFINE_bool(
 )
 
 
-def use_cpu_cores(batch_size: int) -> None:
+# Tokens of a step below which compiling it takes longer than running it.
+_SMALL_STEP = 4096
+
+
+def prepare_cpu(config: config_lib.RecipeConfig) -> None:
   """Makes each core a CPU device, as many as share the batch evenly.
 
   Programs this small keep one core busy; devices work side by side. Where
-  XLA_FLAGS already says how many devices there are, nothing changes.
+  XLA_FLAGS already says how many devices there are, nothing changes. Steps
+  smaller yet run on one device and are compiled in haste.
   """
+  if config.batch_size * config.sequence_length < _SMALL_STEP:
+    jax.config.update("jax_disable_most_optimizations", True)
+    return
   if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return
   cores = os.cpu_count() or 1
-  devices = next(n for n in range(cores, 0, -1) if batch_size % n == 0)
+  devices = next(n for n in range(cores, 0, -1) if config.batch_size % n == 0)
   jax.config.update("jax_num_cpu_devices", devices)
 
 
@@ -65,7 +73,7 @@ def main(argv):
     given = config_files.editable(sizes.smoke())
   config = config_files.build(config_lib.RecipeConfig, given)
   workdir = str(common.require_workdir())
-  use_cpu_cores(config.batch_size)
+  prepare_cpu(config)
   try:
     train.run_stages(config, workdir)
   except run.Stopped as stopped:

@@ -61,6 +61,7 @@ def _full_cache(decoder, capacity: int, length: int):
     lambda x: jnp.asarray(generator.standard_normal(x.shape), x.dtype),
     (empty.dense, empty.moe),
   )
-  return empty._replace(
+  full = empty._replace(
     dense=filled[0], moe=filled[1], length_B=jnp.full((1,), length, jnp.int32)
   )
+  return decoder.place(full)

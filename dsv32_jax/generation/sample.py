@@ -107,9 +107,17 @@ class Decoder:
 
   def empty_cache(self, batch: int, capacity: int) -> cache_lib.Cache:
     """A cache for `batch` sequences of at most `capacity` tokens."""
-    return cache_lib.empty_cache(
+    cache = cache_lib.empty_cache(
       self.config, batch, capacity, dtype=self._dtype, stacked=False
     )
+    return self.place(cache)
+
+  def place(self, tree):
+    """Puts arrays where the weights lie.
+
+    Arrays that no device was named for would compile the same program again.
+    """
+    return jax.device_put(tree, jax.tree.leaves(self._state)[0].sharding)
 
   def __call__(self, tokens_BT, cache: cache_lib.Cache):
     """Appends tokens; the cache given is used up.
@@ -117,7 +125,7 @@ class Decoder:
     Returns:
       logits_BV float32 after the last token, and the new cache.
     """
-    return self._run(self._state, tokens_BT, cache)
+    return self._run(self._state, self.place(tokens_BT), cache)
 
 
 def generate(
