@@ -29,6 +29,8 @@ RULES = {
   "vocab": ("tensor",),
   # Over context too: each device of a sequence holds its share of the weights.
   "embed": ("fsdp", "context"),
+  "query_latent": ("fsdp", "context"),
+  "latent": ("fsdp", "context"),
   "heads": ("tensor",),
   "ffn": ("tensor",),
   "experts": ("expert",),
@@ -79,17 +81,22 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 def partition_spec(shape, axes, mesh) -> PartitionSpec:
   """Maps logical axes to mesh axes where the sizes divide.
 
+  A mesh axis splits one dimension: the first that asks for it and divides.
+
   Args:
     shape: array sizes; one longer than `axes` means a leading layer axis.
     axes: logical names or None, one a dimension.
     mesh: a mesh or an abstract mesh.
   """
   axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
-  entries = []
+  entries, used = [], set()
   for size, name in zip(shape, axes):
-    mesh_axes = [a for a in RULES.get(name, ()) if mesh.shape[a] > 1]
+    mesh_axes = [
+      a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in used
+    ]
     while mesh_axes and size % math.prod(mesh.shape[a] for a in mesh_axes):
       mesh_axes.pop()
+    used.update(mesh_axes)
     entries.append(tuple(mesh_axes) or None)
   return PartitionSpec(*entries)
 

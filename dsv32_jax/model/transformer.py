@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from dsv32_jax import sharding
 from dsv32_jax.model import attention as attention_lib
 from dsv32_jax.model import block as block_lib
 from dsv32_jax.model import cache as cache_lib
@@ -69,9 +70,19 @@ class Embedding(nnx.Module):
     )
 
   def __call__(self, tokens_BT, dtype):
-    return jnp.take(self.table[...], tokens_BT, axis=0, mode="clip").astype(
-      dtype
+    """Returns x_BTD; each device looks its own tokens up in the whole table."""
+
+    def look_up(table_VD, tokens_BT):
+      rows_BTD = jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
+      return (rows_BTD.astype(dtype),)
+
+    (x_BTD,) = sharding.shard_call(
+      look_up,
+      (self.table[...], tokens_BT),
+      ((None, None), ("batch", "length")),
+      (("batch", "length", None),),
     )
+    return x_BTD
 
 
 class Head(nnx.Module):

@@ -7,6 +7,8 @@ add up to the mean over the whole batch, and returns (loss, metrics).
 import jax
 import jax.numpy as jnp
 
+from dsv32_jax import sharding
+
 # B batch, T tokens, D model width, V vocabulary, L layers
 
 # Float32 logits held at once; longer batches go through in slices of T.
@@ -16,8 +18,18 @@ MAX_LOGITS = 2**26
 def token_losses(hidden_BTD, kernel_DV, targets_BT):
   """Returns per-token (cross_entropy_BT in nats, correct_BT bool), float32.
 
-  Logits are recomputed in the backward pass instead of kept.
+  Each device takes its own tokens to the whole head. Logits are recomputed in
+  the backward pass instead of kept.
   """
+  return sharding.shard_call(
+    _token_losses,
+    (hidden_BTD, kernel_DV, targets_BT),
+    (("batch", "queries", None), (None, None), ("batch", "queries")),
+    (("batch", "queries"), ("batch", "queries")),
+  )
+
+
+def _token_losses(hidden_BTD, kernel_DV, targets_BT):
   batch, length, _ = hidden_BTD.shape
   per_row = batch * kernel_DV.shape[1]
   slices = 1
