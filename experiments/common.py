@@ -58,6 +58,22 @@ def require_workdir() -> pathlib.Path:
   return workdir
 
 
+def require_writable(flag: str, path: str) -> None:
+  """Raises unless the file of --`flag` can be written; leaves none behind.
+
+  Raises:
+    OSError: naming the path.
+    ValueError: if no path is given.
+  """
+  if not path:
+    raise ValueError(f"--{flag} is empty")
+  present = os.path.exists(path)
+  with open(path, "a"):
+    pass
+  if not present:
+    os.unlink(path)
+
+
 def config_variant(
   variants: Mapping[str, Callable[[], Any]], variant: str
 ) -> config_dict.ConfigDict:

@@ -11,8 +11,8 @@ because it does not fit.
 from experiments import no_accelerator  # noqa: F401  isort: skip
 
 import dataclasses
+import importlib.util
 import json
-import os
 import sys
 
 from absl import flags
@@ -39,6 +39,9 @@ _HBM_BYTES = {
   "v6e": 31.25 * _GIB,
   "tpu7x": 94.75 * _GIB,
 }
+# Implementations that compile there; None is the platform's own.
+_KERNELS = {"cpu": (None, "xla", "tpu_interpret"), "tpu": (None, "xla", "tpu")}
+_MOST_CPU_DEVICES = 4096
 _DEVICES_PER_CHIP = {"tpu7x": 2}
 
 
@@ -47,13 +50,17 @@ def main(argv):
   if _TOPOLOGY.value is None:
     raise ValueError("--topology is missing")
   if _OUTPUT.value is not None:
-    # Minutes of compiling are not to end in a folder that is not there.
-    path = os.path.abspath(_OUTPUT.value)
-    if os.path.isdir(path) or not os.access(os.path.dirname(path), os.W_OK):
-      raise ValueError(f"--output={path} cannot be written")
+    # Minutes of compiling are not to end in a file that cannot be written.
+    common.require_writable("output", _OUTPUT.value)
   generation, _, shape = _TOPOLOGY.value.partition(":")
   devices = _devices(generation, shape)
   config = config_files.build(run.TrainConfig, flags.FLAGS.config)
+  offered = _KERNELS["cpu" if generation == "cpu" else "tpu"]
+  if config.stage.kernels not in offered:
+    raise ValueError(
+      f"config.stage.kernels={config.stage.kernels!r} cannot be compiled for"
+      f" --topology={_TOPOLOGY.value}, only {offered}"
+    )
   if generation != "cpu" and config.stage.kernels is None:
     # The default would be that of the machine that compiles.
     stage = dataclasses.replace(config.stage, kernels="tpu")
@@ -102,16 +109,21 @@ def _devices(generation, shape):
     )
   # Whatever a missing libtpu or a shape it does not know raises.
   except (RuntimeError, ValueError) as error:
+    hint = ""
+    if importlib.util.find_spec("libtpu") is None:
+      hint = " (TPU topologies need the extra `tpu`)"
     raise ValueError(
-      f"--topology={_TOPOLOGY.value}: {str(error).splitlines()[0]} (TPU"
-      " topologies need the extra `tpu`)"
+      f"--topology={_TOPOLOGY.value}: {str(error).splitlines()[0]}{hint}"
     ) from error
   return description.devices
 
 
 def _cpu_devices(shape):
-  if not shape.isdecimal() or int(shape) < 1:
-    raise ValueError(f"--topology={_TOPOLOGY.value} must be cpu:DEVICES")
+  if not shape.isdecimal() or not 1 <= int(shape) <= _MOST_CPU_DEVICES:
+    raise ValueError(
+      f"--topology={_TOPOLOGY.value} must be cpu:DEVICES, at most"
+      f" {_MOST_CPU_DEVICES}"
+    )
   jax.config.update("jax_num_cpu_devices", int(shape))
   return jax.devices("cpu")
 

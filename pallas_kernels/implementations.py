@@ -13,6 +13,13 @@ def interpreted(kernel):
   return functools.partial(kernel, interpret=INTERPRET)
 
 
+def refuse_empty(*arrays):
+  """Raises ValueError if an axis of an array (or None) holds nothing."""
+  for array in arrays:
+    if array is not None and 0 in array.shape:
+      raise ValueError(f"an array of shape {array.shape} has an empty axis")
+
+
 def choose(implementations, implementation: str | None) -> str:
   """Returns the name of the implementation to use; None is "xla".
 

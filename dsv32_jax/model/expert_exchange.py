@@ -46,7 +46,7 @@ class _Routes(NamedTuple):
   """Rows in the order of their experts, and so of their devices."""
 
   order_N: jax.Array  # the row at a place; row n is slot n % A of token n // A
-  place_TA: jax.Array  # of a row, counted from the first of its device
+  place_TA: jax.Array  # of a row among its device's; -1: it names no expert
   device_TA: jax.Array
   expert_N: jax.Array  # local number of a sorted row's expert
   start_X: jax.Array  # place of a device's first row
@@ -73,7 +73,8 @@ def exchanged_experts(
   Args:
     exchange: `Exchange`.
     x_TD: this device's tokens.
-    experts_TA: int32 numbers among all devices' experts.
+    experts_TA: int32 numbers among all devices' experts; any other adds
+      nothing.
     weights_TA: float32 weights.
     gate_EDF: of this device's experts; likewise up_EDF, down_EFD.
   """
@@ -179,15 +180,20 @@ def _find_routes(exchange, experts_TA, experts_here) -> _Routes:
   count_E = seen_NE[-1]
   start_E = jnp.cumsum(count_E) - count_E
   place_N = jnp.sum(own_NE * (start_E + seen_NE - 1), axis=1)
+  # Rows that name no expert come last and travel nowhere.
+  lost_N = jnp.sum(own_NE, axis=1) == 0
+  last_N = jnp.sum(count_E) + jnp.cumsum(lost_N) - 1
+  place_N = jnp.where(lost_N, last_N, place_N)
   count_X = jnp.sum(count_E.reshape(exchange.devices, -1), axis=1)
   start_X = jnp.cumsum(count_X) - count_X
   rows_N = jnp.arange(ids_N.size, dtype=jnp.int32)
   order_N = jnp.zeros_like(rows_N).at[place_N].set(rows_N, unique_indices=True)
-  device_N = ids_N // experts_here
+  device_N = jnp.clip(ids_N // experts_here, 0, exchange.devices - 1)
+  place_here_N = jnp.where(lost_N, -1, place_N - start_X[device_N])
   rounds = -(-jnp.max(count_X) // exchange.capacity)
   return _Routes(
     order_N=order_N,
-    place_TA=(place_N - start_X[device_N]).reshape(experts_TA.shape),
+    place_TA=place_here_N.reshape(experts_TA.shape),
     device_TA=device_N.reshape(experts_TA.shape),
     expert_N=(ids_N % experts_here)[order_N],
     start_X=start_X,

@@ -71,6 +71,7 @@ def _check(query_BIK, weight_BI, page_PZK, scale_PZ, table_BN, lengths_B):
       f"{query_BIK.shape=} {page_PZK.shape=} {table_BN.shape=} need 3, 3 and 2"
       " axes"
     )
+  implementations.refuse_empty(query_BIK, page_PZK, table_BN)
   if page_PZK.shape[2] != query_BIK.shape[2]:
     raise ValueError(f"{page_PZK.shape=} does not fit {query_BIK.shape=}")
   if page_PZK.dtype != jnp.float8_e4m3fn:

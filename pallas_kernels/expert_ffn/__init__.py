@@ -38,7 +38,7 @@ def expert_ffn(
 
   Args:
     x_TD: tokens, float.
-    experts_TA: int32 expert ids.
+    experts_TA: integer expert ids; one that is no expert adds nothing.
     weights_TA: float32 router weights.
     gate_EDF: gate projections.
     up_EDF: up projections.
@@ -55,6 +55,8 @@ def expert_ffn(
   """
   name = implementations.choose(_IMPLEMENTATIONS, implementation)
   _check(x_TD, experts_TA, weights_TA, gate_EDF, up_EDF, down_EFD)
+  # Narrow integers could not tell an expert from the number of experts.
+  experts_TA = experts_TA.astype(jnp.int32)
   return _IMPLEMENTATIONS[name](
     x_TD, experts_TA, weights_TA, gate_EDF, up_EDF, down_EFD
   )
@@ -66,6 +68,7 @@ def _check(x_TD, experts_TA, weights_TA, gate_EDF, up_EDF, down_EFD):
       f"{x_TD.shape=}, {experts_TA.shape=}, {gate_EDF.shape=} must be [T,D], "
       "[T,A], [E,D,F]"
     )
+  implementations.refuse_empty(x_TD, experts_TA, gate_EDF)
   experts, width, hidden = gate_EDF.shape
   if x_TD.shape[1] != width:
     raise ValueError(f"{x_TD.shape=} does not fit {gate_EDF.shape=}")

@@ -114,9 +114,10 @@ def index_select(
 def _check(query_BTIK, key_BSK, weight_BTI, slots_BT, key_scale_BS, top_k):
   if query_BTIK.ndim != 4 or key_BSK.ndim != 3:
     raise ValueError(f"{query_BTIK.shape=} {key_BSK.shape=} need 4 and 3 axes")
+  implementations.refuse_empty(query_BTIK, key_BSK)
   batch, queries, _, width = query_BTIK.shape
   num_keys = key_BSK.shape[1]
-  if key_BSK.shape != (batch, num_keys, width) or num_keys < 1:
+  if key_BSK.shape != (batch, num_keys, width):
     raise ValueError(f"{key_BSK.shape=} does not fit {query_BTIK.shape=}")
   if weight_BTI.shape != query_BTIK.shape[:3]:
     raise ValueError(f"{weight_BTI.shape=} does not fit {query_BTIK.shape=}")

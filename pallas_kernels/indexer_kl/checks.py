@@ -4,6 +4,7 @@
 # W words of 32 keys
 
 from pallas_kernels import bitmask
+from pallas_kernels import implementations
 from pallas_kernels import visibility
 
 
@@ -80,6 +81,7 @@ def _index(index_query_BTIK, index_key_BSK, index_weight_BTI):
     raise ValueError(
       f"{index_query_BTIK.shape=} {index_key_BSK.shape=} need 4 and 3 axes"
     )
+  implementations.refuse_empty(index_query_BTIK, index_key_BSK)
   batch, _, _, width = index_query_BTIK.shape
   keys = index_key_BSK.shape[1]
   _expect("index_key_BSK", index_key_BSK, (batch, keys, width))

@@ -103,7 +103,7 @@ def _chunk(own, keys):
   mass_CN = jnp.sum(jnp.exp(attention_CHN - lse_CH[..., None]), axis=1)
   mass_CN = jnp.where(seen_CN, mass_CN, 0.0)
   mass_C1 = jnp.sum(mass_CN, axis=-1, keepdims=True)
-  held_C1 = mass_C1 > 0
+  held_C1 = mass_C1 != 0
   target_CN = mass_CN / jnp.where(held_C1, mass_C1, 1.0)
   best_C1 = jnp.max(
     jnp.where(seen_CN, score_CN, -jnp.inf), axis=-1, keepdims=True
@@ -113,7 +113,7 @@ def _chunk(own, keys):
   total_C1 = jnp.sum(jnp.exp(shifted_CN), axis=-1, keepdims=True)
   log_total_C1 = jnp.log(jnp.where(total_C1 > 0, total_C1, 1.0))
   log_model_CN = shifted_CN - log_total_C1
-  used_CN = target_CN > 0
+  used_CN = target_CN != 0
   log_target_CN = jnp.log(jnp.where(used_CN, target_CN, 1.0))
   kl_CN = jnp.where(used_CN, target_CN * (log_target_CN - log_model_CN), 0.0)
   kl_C = jnp.sum(kl_CN, axis=-1)

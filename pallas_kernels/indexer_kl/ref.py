@@ -104,11 +104,11 @@ def _index_score(dot_BTIS, weight_BTI):
 
 def _target(attention_BTHS, lse_BTH, allowed_BTS):
   """Head-summed, L1-normalised attention; a constant. Zero for an empty row."""
-  seen_BTHS = allowed_BTS[:, :, None, :] & (lse_BTH > -jnp.inf)[..., None]
+  seen_BTHS = allowed_BTS[:, :, None, :] & (lse_BTH != -jnp.inf)[..., None]
   exponent_BTHS = jnp.where(seen_BTHS, attention_BTHS - lse_BTH[..., None], 0.0)
   mass_BTS = jnp.sum(jnp.where(seen_BTHS, jnp.exp(exponent_BTHS), 0.0), axis=2)
   total_BT1 = jnp.sum(mass_BTS, axis=-1, keepdims=True)
-  target_BTS = mass_BTS / jnp.where(total_BT1 > 0, total_BT1, 1.0)
+  target_BTS = mass_BTS / jnp.where(total_BT1 != 0, total_BT1, 1.0)
   return jax.lax.stop_gradient(target_BTS)
 
 
@@ -127,7 +127,7 @@ def _kl(score_BTS, target_BTS, allowed_BTS):
   # An empty row has a total of 0, whose logarithm has no finite gradient.
   log_total_BT1 = jnp.log(jnp.where(total_BT1 > 0, total_BT1, 1.0))
   log_model_BTS = shifted_BTS - log_total_BT1
-  held_BTS = target_BTS > 0
+  held_BTS = target_BTS != 0
   log_target_BTS = jnp.log(jnp.where(held_BTS, target_BTS, 1.0))
   return jnp.sum(
     jnp.where(held_BTS, target_BTS * (log_target_BTS - log_model_BTS), 0.0),

@@ -49,7 +49,7 @@ def gradients(
   rows_B8T = jnp.stack(
     [
       jnp.pad(weight_BT.astype(jnp.float32), padding),
-      jnp.where(mass_BT > 0, 1 / jnp.where(mass_BT > 0, mass_BT, 1.0), 0.0),
+      jnp.where(mass_BT != 0, 1 / jnp.where(mass_BT != 0, mass_BT, 1.0), 0.0),
       lse_BT,
       *[jnp.zeros_like(lse_BT)] * (tiles.ROWS - 3),
     ],

@@ -108,7 +108,7 @@ def _finish(sums_8C):
   mass_1C, entropy_1C, cross_1C, top_1C, total_1C = (
     sums_8C[index : index + 1] for index in range(5)
   )
-  seen_1C = mass_1C > 0
+  seen_1C = mass_1C != 0
   safe_1C = jnp.where(seen_1C, mass_1C, 1.0)
   log_total_1C = jnp.log(jnp.where(seen_1C, total_1C, 1.0))
   kl_1C = (entropy_1C - cross_1C) / safe_1C - jnp.log(safe_1C) + log_total_1C

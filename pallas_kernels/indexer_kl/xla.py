@@ -240,7 +240,7 @@ def _reduce(blocks, num_tiles):
   mass_C, entropy_C, cross_C, total_C = lax.fori_loop(
     0, num_tiles, add, (zeros_C,) * 4
   )
-  seen_C = mass_C > 0
+  seen_C = mass_C != 0
   safe_mass_C = jnp.where(seen_C, mass_C, 1.0)
   log_total_C = jnp.log(jnp.where(total_C > 0, total_C, 1.0))
   kl_C = (entropy_C - cross_C) / safe_mass_C - jnp.log(safe_mass_C)
@@ -252,7 +252,7 @@ def _gradients(own, keys, blocks, sums, key_gradient_PK, num_tiles):
   """Step 3: adds to the keys' gradient; returns it and (query, weight)'s."""
   query_NGCK = tiles.group_heads(own.index_TIK)
   weight_NGC = tiles.group_heads(own.weight_TI)
-  seen_C = sums.mass_C > 0
+  seen_C = sums.mass_C != 0
   scale_C = jnp.where(seen_C, 1 / jnp.where(seen_C, sums.mass_C, 1.0), 0.0)
   # An empty row has a gradient of zero: exp(score - inf) is zero everywhere.
   lse_C = jnp.where(seen_C, sums.lse_C, jnp.inf)

@@ -97,6 +97,7 @@ def _check(query_BTHQ, key_BSGQ, value_BSGV, slots_BT, mask_BTW):
       f"{query_BTHQ.shape=}, {key_BSGQ.shape=}, {value_BSGV.shape=} must be "
       "[B,T,H,Q], [B,S,G,Q], [B,S,G,V]"
     )
+  implementations.refuse_empty(query_BTHQ, key_BSGQ, value_BSGV)
   batch, queries, heads, width = query_BTHQ.shape
   keys, key_heads = key_BSGQ.shape[1:3]
   if key_BSGQ.shape != (batch, keys, key_heads, width):

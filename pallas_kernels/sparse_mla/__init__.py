@@ -83,6 +83,9 @@ def _check(
       f"{query_latent_BTHC.shape=}, {latent_BSC.shape=} must be [B,T,H,C], "
       "[B,S,C]"
     )
+  implementations.refuse_empty(
+    query_latent_BTHC, latent_BSC, key_rope_BSR, indices_BTN
+  )
   batch, queries, heads, latent = query_latent_BTHC.shape
   keys = latent_BSC.shape[1]
   if latent_BSC.shape != (batch, keys, latent):

@@ -59,6 +59,7 @@ def test_sequences_that_do_not_divide_are_named():
   [
     ("v9:2x2", "generation 'v9' is not cpu or one of v5e"),
     ("cpu:none", "must be cpu:DEVICES"),
+    ("cpu:99999999999999999999", "must be cpu:DEVICES, at most 4096"),
     ("cpu:3", "mesh="),
   ],
 )
@@ -72,3 +73,30 @@ def test_a_wrong_topology_is_one_line(topology, told):
   assert finished.stderr.startswith("error: ")
   assert len(finished.stderr.splitlines()) == 1
   assert told in finished.stderr
+
+
+@pytest.mark.parametrize(
+  "arguments,told",
+  [
+    (["--output={file}/report.json"], "Not a directory"),
+    (["--output={folder}"], "Is a directory"),
+    (["--output={folder}/missing/report.json"], "No such file"),
+    (["--output="], "--output is empty"),
+    (["--config.stage.kernels=tpu"], "kernels='tpu' cannot be compiled for"),
+  ],
+)
+def test_what_cannot_end_well_is_refused_at_once(tmp_path, arguments, told):
+  file = tmp_path / "file"
+  file.write_text("kept")
+  finished = compile_for(
+    "--topology=cpu:1",
+    "--config=configs/tiny.py:pretrain",
+    *(part.format(file=file, folder=tmp_path) for part in arguments),
+  )
+  assert finished.returncode == 1
+  assert finished.stderr.startswith("error: ")
+  assert len(finished.stderr.splitlines()) == 1
+  assert told in finished.stderr
+  assert "compiling for" not in finished.stdout
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+  assert file.read_text() == "kept"

@@ -24,6 +24,10 @@ def draw(tokens, routing):
     ids_TA = np.argsort(noise_TE, axis=-1)[:, :PER_TOKEN]
   elif routing == "one device":
     ids_TA = random.integers(2, 4, (tokens, PER_TOKEN))
+  elif routing == "no expert":
+    # Numbers that are no expert's add nothing, and disturb no other row.
+    ids_TA = random.integers(-3, EXPERTS + 3, (tokens, PER_TOKEN))
+    ids_TA[1] = (-1, 2**30, -(2**31))
   else:
     assert routing == "one expert"
     ids_TA = np.full((tokens, PER_TOKEN), 5)
@@ -71,7 +75,13 @@ def spread(capacity):
 
 @pytest.mark.parametrize(
   "routing,capacity",
-  [("balanced", 64), ("balanced", 8), ("one device", 8), ("one expert", 8)],
+  [
+    ("balanced", 64),
+    ("balanced", 8),
+    ("one device", 8),
+    ("one expert", 8),
+    ("no expert", 8),
+  ],
 )
 def test_equals_one_device(routing, capacity):
   problem = draw(4 * 20, routing)

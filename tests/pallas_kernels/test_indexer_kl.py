@@ -309,6 +309,27 @@ def test_gathered_gradient_equals_finite_differences(implementation):
     jax.tree.map(close, list(got), want)
 
 
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "tpu_interpret"])
+def test_nan_of_the_attention_is_no_perfect_kl(implementation):
+  problem = Problem(6, 9)
+  row = np.argwhere(problem.visible.any(-1))[0]
+  problem.lse[*row, 1] = np.nan
+  found_BT = np.isnan(value(problem, implementation))
+  assert found_BT[*row] and found_BT.sum() == 1
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nan_of_the_gathered_attention_is_no_perfect_kl(implementation):
+  trained, arguments, _, visible = gathered_problem(6, 9, 4)
+  row = np.argwhere(visible.any(-1))[0]
+  arguments[4][*row, 1] = np.nan
+  kl_BT = indexer_kl_gathered(
+    *trained, *arguments, scale=SCALE, implementation=implementation
+  )
+  found_BT = np.isnan(kl_BT)
+  assert found_BT[*row] and found_BT.sum() == 1
+
+
 def test_wrong_arguments_are_named():
   problem = Problem(3, 5)
   query, key, lse, slots = problem.arguments()
