@@ -77,7 +77,7 @@ def to_indices(mask_BTW, num_selected, num_keys):
   word_BTN = _last_at_most(before_BTW, rank_BTN)
   bits_BTN = _take(mask_BTW, word_BTN)
   rank_in_word_BTN = rank_BTN - _take(before_BTW, word_BTN)
-  index_BTN = word_BTN * BITS + _nth_set_bit(bits_BTN, rank_in_word_BTN)
+  index_BTN = word_BTN * BITS + nth_set_bit(bits_BTN, rank_in_word_BTN)
   return jnp.where(rank_BTN < total_BT1, index_BTN, -1)
 
 
@@ -109,15 +109,19 @@ def _take(x_BTW, index_BTN):
   )
 
 
-def _nth_set_bit(bits, rank):
-  """Returns the position of the set bit with `rank` set bits below it."""
+def nth_set_bit(bits, rank):
+  """Returns the position of the set bit with `rank` set bits below it.
+
+  `bits` are of 32-bit integers, signed or not.
+  """
   position = jnp.zeros_like(rank)
   for width in (16, 8, 4, 2, 1):
-    low = bits & jnp.uint32((1 << width) - 1)
+    low = bits & ((1 << width) - 1)
     in_low = jax.lax.population_count(low).astype(jnp.int32)
     above = rank >= in_low
     rank = jnp.where(above, rank - in_low, rank)
-    bits = jnp.where(above, bits >> width, low)
+    high = jax.lax.shift_right_logical(bits, jnp.full_like(bits, width))
+    bits = jnp.where(above, high, low)
     position = jnp.where(above, position + width, position)
   return position
 

@@ -40,6 +40,7 @@ import jax.numpy as jnp
 from pallas_kernels import bitmask
 from pallas_kernels import tiles
 from pallas_kernels.index_select import order
+from pallas_kernels.index_select import tpu_indices
 from pallas_kernels.index_select import tpu_scores
 from pallas_kernels.index_select import tpu_search
 
@@ -83,7 +84,7 @@ def select(
     mask_BTW = _mask(sizes, words_BQWL)[:, :num_queries]
     mask_BTW = mask_BTW[..., : bitmask.num_words(num_keys)]
   if want_indices:
-    indices_BTN = bitmask.to_indices(mask_BTW, top_k, num_keys)
+    indices_BTN = tpu_indices.to_indices(mask_BTW, top_k, interpret=interpret)
   stats_BQ8C = stats_BQ8L[..., : sizes.queries]
   stats_8BT = jnp.moveaxis(stats_BQ8C, 2, 0).reshape(8, len(slots_BT), -1)
   lse_all_BT, lse_selected_BT, invalid_BT = stats_8BT[:3, :, :num_queries]
