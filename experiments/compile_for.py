@@ -24,6 +24,7 @@ from dsv32_jax import config_files
 from dsv32_jax.training import ahead
 from dsv32_jax.training import run
 from experiments import common
+from pallas_kernels import target
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "Generation and shape, as v5p:8x8x16, or cpu:DEVICES."
@@ -74,7 +75,8 @@ def main(argv):
   }
   print(f"compiling for {len(devices)} devices of {_TOPOLOGY.value}")
   try:
-    found, _ = ahead.compile_step(config, devices)
+    with target.compiling_for(devices[0]):
+      found, _ = ahead.compile_step(config, devices)
   except ahead.DoesNotFit as error:
     report |= ahead.counts(config) | {
       "temporary_bytes_per_device": error.needed_bytes,

@@ -135,6 +135,8 @@ def gathered(
       lse_BTH,
       chosen.indices_BTN,
       scale=scale,
+      # The KL has no kernels for GPUs.
+      implementation="xla" if kernels == "gpu" else kernels,
     )
   return jnp.einsum("BTHC,CHV->BTHV", out_BTHC, projected.value_up_CHV), kl_BT
 

@@ -24,6 +24,7 @@ from pallas_kernels import implementations
 from pallas_kernels import visibility
 from pallas_kernels.indexer_kl import checks
 from pallas_kernels.indexer_kl import gathered
+from pallas_kernels.indexer_kl import gathered_tpu
 from pallas_kernels.indexer_kl import ref
 from pallas_kernels.indexer_kl import tpu
 from pallas_kernels.indexer_kl import xla
@@ -158,7 +159,9 @@ def indexer_kl_gathered(
     lse_BTH: float32 log-sum-exp of each head's scaled scores over the set.
     indices_BTN: int32 key indices without repeats; -1 is no key.
     scale: factor of the main attention's scores.
-    implementation: "ref", "xla", or None for the default.
+    implementation: "ref", "xla", "tpu", "tpu_interpret" (the TPU kernels in
+      an interpreter that looks for races), or None, which is "xla". The TPU's
+      take rope and index widths of at most 128.
 
   Returns:
     kl_BT; 0 where no key is listed.
@@ -245,6 +248,8 @@ _MASKED = {
 _GATHERED = {
   "ref": functools.partial(_evaluate_reference, ref.indexer_kl_gathered),
   "xla": gathered.evaluate,
+  "tpu": gathered_tpu.evaluate,
+  "tpu_interpret": implementations.interpreted(gathered_tpu.evaluate),
 }
 
 

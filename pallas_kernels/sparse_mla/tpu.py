@@ -40,6 +40,8 @@ _ROOM = 15 * 2**20
 _QUERIES = 1024
 # Most keys that are unpacked and multiplied at once.
 _CHUNK = 256
+# Most keys of a list of items.
+_LIST_KEYS = 1536
 
 
 def forward(
@@ -73,14 +75,10 @@ def forward(
       (query_latent_BTHC, query_rope_BTHR, indices_BTN),
       (latent_BSC, key_rope_BSR),
     )
-  query_HC, query_HL = rows.arrange_queries(
-    query_latent_BTHC, query_rope_BTHR, 16
-  )
+  arranged = rows.arrange_queries(query_latent_BTHC, query_rope_BTHR, 16)
   plan = plans.plan_queries(indices_BTN, keys, rows.num_words(latent))
   table_BXL = rows.pack(latent_BSC, key_rope_BSR)
-  out_IHC, lse_I1H = _attend(
-    interpret, scale, chip, plan, table_BXL, query_HC, query_HL
-  )
+  out_IHC, lse_I1H = _attend(interpret, scale, chip, plan, table_BXL, arranged)
   out = out_IHC.reshape(batch, -1, *out_IHC.shape[1:])
   lse = lse_I1H.reshape(batch, -1, lse_I1H.shape[2])
   return out[:, :queries, :heads, :latent], lse[:, :queries, :heads]
@@ -111,9 +109,11 @@ def _by_segments(interpret, scale, chip, query_arrays, key_arrays):
 
     def chunk(inputs):
       query_THC, query_THR, indices_TN = inputs
-      cut = segments.cut_lists(indices_TN, count, size, words)
+      cut = segments.cut_lists(indices_TN, count, size, words, _LIST_KEYS)
       arranged = rows.arrange_queries(query_THC[None], query_THR[None], 16)
-      parts = _attend(interpret, scale, chip, cut.plan, table_GXL, *arranged)
+      # A block costs time to find and to wait for, so an item has but one.
+      joined = [jnp.concatenate(arranged, axis=-1)]
+      parts = _attend(interpret, scale, chip, cut.plan, table_GXL, joined)
       out_THC, lse_TH = segments.merge(cut, *parts)
       return out_THC[:, :heads, :latent], lse_TH[:, :heads]
 
@@ -126,9 +126,13 @@ def _by_segments(interpret, scale, chip, query_arrays, key_arrays):
   )
 
 
-def _attend(interpret, scale, chip, plan, table_BXL, query_latent, query_rope):
-  """Returns (out, lse) of each item, from queries flat over the batch."""
-  heads, wide = query_latent.shape[1:]
+def _attend(interpret, scale, chip, plan, table_BXL, arrays):
+  """Returns (out, lse) of each item, from queries flat over the batch.
+
+  `arrays` side by side are the queries, padded as keys are.
+  """
+  heads = arrays[0].shape[1]
+  wide = sum(array.shape[2] for array in arrays) - rows.LANES
   selected = plan.offsets.shape[-1]
   words = wide // (2 * rows.LANES) + 1
   raw_scratch = pltpu.VMEM((words * selected, rows.LANES), jnp.int32)
@@ -141,8 +145,7 @@ def _attend(interpret, scale, chip, plan, table_BXL, query_latent, query_rope):
       in_specs=[
         pl.BlockSpec(memory_space=pl.ANY),
         plans.table_spec(plan, table_BXL),
-        plans.query_specs(plan, (heads, wide)),
-        plans.query_specs(plan, (heads, rows.LANES)),
+        [plans.query_specs(plan, array.shape[1:]) for array in arrays],
       ],
       out_specs=[
         pl.BlockSpec((2 * plan.items, heads, wide), lambda j, m: (j, 0, 0)),
@@ -169,8 +172,7 @@ def _attend(interpret, scale, chip, plan, table_BXL, query_latent, query_rope):
     plan.meta,
     rows.pair_lists(plan.offsets, words) if chip.pairs else plan.offsets,
     table_BXL,
-    [query_latent] * (2 * plan.items),
-    [query_rope] * (2 * plan.items),
+    [[array] * (2 * plan.items) for array in arrays],
   )
 
 
@@ -181,8 +183,7 @@ def _kernel(
   meta_ref,
   offsets_ref,
   table_ref,
-  query_refs,
-  query_rope_refs,
+  array_refs,
   out_ref,
   lse_ref,
   list_refs,
@@ -223,7 +224,7 @@ def _kernel(
       )
       first = which * plan.items
       query_HPs = [
-        jnp.concatenate([query_refs[n][...], query_rope_refs[n][...]], axis=1)
+        jnp.concatenate([refs[n][...] for refs in array_refs], axis=1)
         for n in range(first, first + plan.items)
       ]
       chunk = plan.chunk(_CHUNK)

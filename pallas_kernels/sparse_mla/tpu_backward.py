@@ -1,50 +1,24 @@
-"""Gradients of gathered attention on a TPU core, whose memory holds all keys.
+"""Gradients of gathered attention on a TPU core: of arrays, from the kernel's.
 
-As in `tpu`, a grid step takes two queries, and keys are gathered between pieces
-of the computation: during a query those of the next. Beside the table of
-packed keys stands the float32 gradient of all its keys, 2560 bytes a key.
-
-A query: its own vectors lie over the gradients of its outputs, [q | rope] over
-[d_out | 0]. A chunk of 512 keys is unpacked and multiplied with both at once,
-keys as rows: scores and the weights' gradients appear side by side, and
-log-sum-exp and mean are lanes, so nothing is reduced. From weights p and score
-gradients ds come [ds | p] times both again, the keys' gradients, and ds^T times
-the keys, the query's. The keys' gradients go through a staging buffer and are
-added to their rows in memory during the next chunk, be it the next query's, 4
-or 8 loads before as many stores. These stand a quarter or an eighth of a chunk
-apart, for a sorted list's repeated keys must not meet in a batch; lists where
-some do are added one row after the other.
-
-Memory beside table and gradient, at 128 heads and N = 2048: two buffers of
-3 MB of rows, two of 1.3 MB of staged gradients, 1 MB a chunk, 2 MB of queries
-and results.
+Where keys and their gradients exceed vector memory, chunks of queries visit
+segments of keys in turn, and add to the keys' gradients in HBM.
 """
-# B batch, T queries, S keys, H heads, C latent width, R rope width, P padded
-# width of a key, N selected, L lanes (128), I items (two a grid step), Y twice
-# the heads, X rows of a table
+# B batch, T queries (of a chunk), S keys, H heads, C latent width, R rope
+# width, P padded width of a key, N selected, G segments, K chunks, I items, X
+# rows of a table, L lanes
 
-import functools
-
-import jax
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_mla import tpu_pieces as pieces
+from pallas_kernels.sparse_mla import tpu_backward_kernel as kernel
 from pallas_kernels.sparse_mla import tpu_plan as plans
 from pallas_kernels.sparse_mla import tpu_rows as rows
 from pallas_kernels.sparse_mla import tpu_segments as segments
 
-# Vector memory beside table and gradient.
-_ROOM = 16 * 2**20
 # Queries whose parts by segment are kept at a time.
 _QUERIES = 512
-# Most keys that are unpacked and multiplied at once.
-_CHUNK = 512
-# Lists of an item: first words of its keys; first rows of their gradients, of
-# all chunks but the last, and of the last.
-_LIST, _HEAD, _TAIL = range(3)
+# Most keys of a list of items.
+_LIST_KEYS = 1024
 
 
 def backward(
@@ -84,7 +58,7 @@ def backward(
     d_out_BTHC,
   )
   if keys > chip.backward_keys:
-    d_query, d_key = _by_segments(
+    d_query, d_rope, d_key = _by_segments(
       interpret,
       scale,
       chip,
@@ -93,24 +67,31 @@ def backward(
     )
   else:
     plan = plans.plan_queries(indices_BTN, keys, words)
-    table_BXL = rows.pack(latent_BSC, key_rope_BSR)
-    arranged = rows.arrange_gradients(*query_arrays)
-    d_query, d_key = _gradients(
-      interpret, scale, chip, plan, table_BXL, keys, arranged
+    tables = (
+      rows.pack(latent_BSC, key_rope_BSR),
+      kernel.empty(batch, keys, words),
     )
-    d_query = d_query.reshape(batch, -1, *d_query.shape[1:])[:, :queries]
+    arrays, lines = rows.arrange_gradients(*query_arrays)
+    both, d_table = kernel.gradients(
+      interpret, scale, chip, plan, keys, tables, arrays, plan.by_item(lines)
+    )
+    both = both.reshape(batch, -1, *both.shape[1:])[:, :queries, :heads]
+    d_query, d_rope = both[..., :latent], both[..., wide : wide + rope]
+    d_key = kernel.flat_keys(d_table, keys, words)
   return (
-    d_query[:, :, :heads, :latent].astype(query_latent_BTHC.dtype),
-    d_query[:, :, :heads, wide : wide + rope].astype(query_rope_BTHR.dtype),
+    d_query.astype(query_latent_BTHC.dtype),
+    d_rope.astype(query_rope_BTHR.dtype),
     d_key[:, :keys, :latent].astype(latent_BSC.dtype),
     d_key[:, :keys, wide : wide + rope].astype(key_rope_BSR.dtype),
   )
 
 
 def _by_segments(interpret, scale, chip, query_arrays, key_arrays):
-  """Returns (d_query_BTHP, d_key_BSP), a chunk of queries at a time."""
-  queries, _, latent = query_arrays[0].shape[1:]
+  """Returns (d_query_BTHC, d_rope_BTHR, d_key_BSP), by chunks of queries."""
+  queries, heads, latent = query_arrays[0].shape[1:]
+  rope = query_arrays[1].shape[-1]
   words = rows.num_words(latent)
+  wide = (words - 1) * 2 * rows.LANES
   count, size = segments.split(key_arrays[0].shape[1], chip.backward_keys)
   tables_BGXL = segments.segment_tables(*key_arrays, count, size)
   chunks = [
@@ -121,216 +102,31 @@ def _by_segments(interpret, scale, chip, query_arrays, key_arrays):
   def batch_entry(inputs):
     table_GXL, *chunks_KTX = inputs
 
-    def chunk(d_key_GSP, inputs):
+    def chunk(d_table_GXL, inputs):
       *arrays, indices_TN = inputs
-      cut = segments.cut_lists(indices_TN, count, size, words)
-      arranged = rows.arrange_gradients(*(array[None] for array in arrays))
-      d_query_IHP, more_GSP = _gradients(
-        interpret, scale, chip, cut.plan, table_GXL, size, arranged
+      cut = segments.cut_lists(indices_TN, count, size, words, _LIST_KEYS)
+      arranged, lines = rows.arrange_gradients(*(a[None] for a in arrays))
+      # A block costs time to find and to wait for, so an item has but one.
+      both_IHP, d_table_GXL = kernel.gradients(
+        interpret,
+        scale,
+        chip,
+        cut.plan,
+        size,
+        (table_GXL, d_table_GXL),
+        [jnp.concatenate(arranged, axis=-1)],
+        cut.plan.by_item(lines),
       )
-      d_query_THP = segments.add_items(cut, d_query_IHP)
-      return d_key_GSP + more_GSP, d_query_THP.astype(d_query_IHP.dtype)
+      both_THP = segments.add_items(cut, both_IHP)[:, :heads]
+      both_THP = both_THP.astype(both_IHP.dtype)
+      parts = both_THP[..., :latent], both_THP[..., wide : wide + rope]
+      return d_table_GXL, parts
 
-    width = (2 * words - 1) * rows.LANES
-    zeros = jnp.zeros((count, size, width), jnp.float32)
-    d_key_GSP, d_query_KTHP = lax.scan(chunk, zeros, tuple(chunks_KTX))
-    return d_key_GSP.reshape(count * size, width), d_query_KTHP
+    zeros = kernel.empty(count, size, words)
+    d_table_GXL, parts = lax.scan(chunk, zeros, tuple(chunks_KTX))
+    d_key_GSP = kernel.flat_keys(d_table_GXL, size, words)
+    return d_key_GSP.reshape(count * size, -1), *parts
 
-  d_key_BSP, d_query = lax.map(batch_entry, (tables_BGXL, *chunks))
-  return segments.from_chunks(d_query, queries), d_key_BSP
-
-
-def _gradients(interpret, scale, chip, plan, table_BXL, keys, arrays):
-  """Returns (d_query_IHP bfloat16 by item, d_key [tables,keys,P] float32)."""
-  words = arrays[0].shape[-1] // (2 * rows.LANES) + 1
-  run = functools.partial(
-    _call, interpret, scale, chip.pairs, plan, table_BXL, keys, arrays
-  )
-  pairs = chip.pairs
-  gather = rows.gather_pairs if pairs else rows.gather
-  add = functools.partial(rows.add, chip.additions)
-  marker = words * keys + rows.FRONT
-  return lax.cond(
-    rows.repeats_meet(chip.additions, plan.offsets, plan.chunk(_CHUNK), marker),
-    lambda: run(functools.partial(rows.gather_loop, pairs), rows.add_serially),
-    lambda: run(gather, add),
-  )
-
-
-def _call(
-  interpret,
-  scale,
-  pairs,
-  plan,
-  table_BXL,
-  keys,
-  arrays,
-  gather_rows,
-  add_rows,
-):
-  """Runs the kernel with ways to gather and to add rows."""
-  heads, wide = arrays[0].shape[1:]
-  width = wide + rows.LANES
-  selected = plan.offsets.shape[-1]
-  words, groups = wide // (2 * rows.LANES) + 1, width // rows.LANES
-  chunk, count = plan.chunk(_CHUNK), 2 * plan.items
-  gradient_rows = rows.round_up(groups * (keys + 1), 8)
-  list_scratch = lambda size: pltpu.SMEM((1, size), jnp.int32)
-  raw_scratch = pltpu.VMEM((words * selected, rows.LANES), jnp.int32)
-  stage_scratch = pltpu.VMEM((groups * chunk, rows.LANES), jnp.float32)
-  shapes = [a.shape[1:] for a in arrays]
-  # The lists of places in the gradient, where a key takes other rows.
-  places = (plan.offsets - rows.FRONT) // words * groups
-  heads_I1N, tails_I1N = jnp.split(places, [selected - chunk], axis=-1)
-  d_query, d_table = pl.pallas_call(
-    functools.partial(_kernel, plan, scale, pairs, gather_rows, add_rows),
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=1,
-      grid=(plan.num_steps,),
-      in_specs=[
-        *[pl.BlockSpec(memory_space=pl.ANY)] * 3,
-        plans.table_spec(plan, table_BXL),
-        [plans.query_specs(plan, shape) for shape in shapes],
-      ],
-      out_specs=[
-        pl.BlockSpec((count, heads, width), lambda j, m: (j, 0, 0)),
-        pl.BlockSpec(memory_space=pl.ANY),
-      ],
-      scratch_shapes=[
-        pltpu.VMEM((gradient_rows, rows.LANES), jnp.float32),
-        [list_scratch(selected)] * 2,
-        [list_scratch(selected - chunk)] * 2,
-        [list_scratch(chunk)] * 2,
-        [raw_scratch] * 2,
-        [stage_scratch] * 2,
-        pltpu.SemaphoreType.DMA((7,)),
-      ],
-    ),
-    out_shape=[
-      jax.ShapeDtypeStruct(
-        (count * plan.num_steps, heads, width), jnp.bfloat16
-      ),
-      jax.ShapeDtypeStruct(
-        (plan.num_tables, gradient_rows, rows.LANES), jnp.float32
-      ),
-    ],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("arbitrary",),
-      vmem_limit_bytes=4 * table_BXL[0].size
-      + 4 * gradient_rows * rows.LANES
-      + _ROOM,
-      disable_bounds_checks=True,
-    ),
-    interpret=interpret,
-    name="sparse_mla_backward",
-  )(
-    plan.meta,
-    rows.pair_lists(plan.offsets, words) if pairs else plan.offsets,
-    heads_I1N,
-    tails_I1N,
-    table_BXL,
-    [[array] * count for array in arrays],
-  )
-  d_key = d_table[:, : groups * keys].reshape(-1, keys, width)
-  return d_query, d_key
-
-
-def _kernel(
-  plan,
-  scale,
-  pairs,
-  gather_rows,
-  add_rows,
-  meta_ref,
-  offsets_ref,
-  heads_ref,
-  tails_ref,
-  table_ref,
-  array_refs,
-  d_query_ref,
-  d_table_ref,
-  gradient_ref,
-  list_refs,
-  head_refs,
-  tail_refs,
-  raw_refs,
-  stage_refs,
-  semaphores,
-):
-  step = pl.program_id(0)
-  chunk = tail_refs[0].shape[1]
-  count = list_refs[0].shape[1] // chunk
-  words = raw_refs[0].shape[0] // list_refs[0].shape[1]
-
-  def fetch(kind, place):
-    """Copies a list, `place` after the step's first."""
-    source = (offsets_ref, heads_ref, tails_ref)[kind]
-    target = (list_refs, head_refs, tail_refs)[kind][place % 2]
-    return pltpu.make_async_copy(
-      source.at[2 * step + place], target, semaphores.at[2 * kind + place % 2]
-    )
-
-  @pl.when(plan.is_live(step, meta_ref))
-  def _():
-    @pl.when(plan.is_first(step, meta_ref))
-    def _():
-      fetch(_LIST, 0).start()
-      fetch(_LIST, 0).wait()
-      selected = list_refs[0].shape[1]
-      rows.gather_loop(
-        pairs, table_ref, list_refs[0], raw_refs[0], words, 0, selected
-      )
-      rows.clear(gradient_ref)
-      rows.clear(stage_refs[1])
-      fetch(_LIST, 1).start()
-      fetch(_HEAD, 0).start()
-      # Zeros at the second's places stand for the query before the first.
-      fetch(_TAIL, 1).start()
-
-    for which in range(2):
-      fetch(_LIST, which + 1).wait()
-      fetch(_HEAD, which).wait()
-      fetch(_TAIL, 1 - which).wait()
-      fetch(_LIST, which + 2).start()
-      fetch(_HEAD, which + 1).start()
-      fetch(_TAIL, which).start()
-      gather = functools.partial(
-        gather_rows,
-        table_ref,
-        list_refs[1 - which],
-        raw_refs[1 - which],
-        words,
-      )
-      first = which * plan.items
-      arrays = [
-        [refs[first + item][...] for refs in array_refs]
-        for item in range(plan.items)
-      ]
-      queries = pieces.Gradients(scale, chunk, arrays, raw_refs[which], words)
-      queries.multiply_keys(0)
-      for piece in range(count):
-        if piece < count - 1:
-          queries.multiply_keys(piece + 1)
-        queries.differentiate(piece, stage_refs[piece % 2])
-        gather(piece * chunk, chunk)
-        if piece:
-          places, start = head_refs[which], (piece - 1) * chunk
-        else:
-          places, start = tail_refs[1 - which], 0
-        add_rows(gradient_ref, places, stage_refs[1 - piece % 2], start, chunk)
-      for item, d_query_HP in enumerate(queries.d_queries):
-        d_query_ref[first + item] = d_query_HP.astype(d_query_ref.dtype)
-
-    @pl.when(plan.is_last(step, meta_ref))
-    def _():
-      fetch(_LIST, 3).wait()
-      fetch(_HEAD, 2).wait()
-      fetch(_TAIL, 1).wait()
-      rows.add_serially(gradient_ref, tail_refs[1], stage_refs[1], 0, chunk)
-      copy = pltpu.make_async_copy(
-        gradient_ref,
-        d_table_ref.at[plan.table(step, meta_ref)],
-        semaphores.at[6],
-      )
-      copy.start()
-      copy.wait()
+  d_key_BSP, *parts = lax.map(batch_entry, (tables_BGXL, *chunks))
+  d_query, d_rope = (segments.from_chunks(part, queries) for part in parts)
+  return d_query, d_rope, d_key_BSP

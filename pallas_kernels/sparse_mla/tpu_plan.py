@@ -43,6 +43,15 @@ class Plan:
     sizes = (512, 384, 256, 128, 64, 32, 16)
     return next(n for n in sizes if n <= most and size % (unit * n) == 0)
 
+  def by_item(self, array_TX):
+    """Returns the rows of a small array by query, flat over tables, by item."""
+    if self.queries is None:
+      meta_JX = self.meta.reshape(self.num_steps, -1)
+      return array_TX[meta_JX[:, 2:].reshape(-1)]
+    split = array_TX.reshape(self.num_tables, self.queries, *array_TX.shape[1:])
+    more = [(0, 0), (0, self.queries % 2)] + [(0, 0)] * (array_TX.ndim - 1)
+    return jnp.pad(split, more).reshape(-1, *array_TX.shape[1:])
+
   def table(self, step, meta_ref):
     """Returns the table of a step."""
     if self.queries is None:

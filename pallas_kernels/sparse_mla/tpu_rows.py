@@ -18,11 +18,12 @@ halves of two words joined are a pair of bfloat16 rows.
 
 import dataclasses
 
-import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+
+from pallas_kernels import target
 
 LANES = 128
 # Loads before stores: more need more scalar registers than there are.
@@ -62,8 +63,8 @@ class Chip:
 
 
 def this_chip():
-  """Returns the `Chip` of the default device, v5p or 7x if it is no TPU."""
-  kind = jax.devices()[0].device_kind.lower()
+  """Returns the `Chip` kernels are for, v5p or 7x if it is no TPU."""
+  kind = target.device_kind().lower()
   # Vector memory is 128 MiB on v5e and v6e, and 64 MiB on v5p and 7x.
   if "lite" in kind:
     return Chip(
@@ -119,7 +120,7 @@ def arrange_queries(query_latent_BTHC, query_rope_BTHR, unit):
 def arrange_gradients(
   query_latent_BTHC, query_rope_BTHR, out_BTHC, lse_BTH, d_out_BTHC
 ):
-  """Returns queries, gradients of outputs, lse, mean, flat over the batch."""
+  """Returns queries, gradients of outputs, and lines of lse over mean, flat."""
   query_HC, query_HL = arrange_queries(
     query_latent_BTHC, query_rope_BTHR, LANES
   )
@@ -133,8 +134,9 @@ def arrange_gradients(
   )
   # An empty list has lse -inf and no row whose weight counts.
   lse_BTH = jnp.where(jnp.isneginf(lse_BTH), 0.0, lse_BTH)
-  line = lambda x_BTH: pad_last(x_BTH, heads).reshape(-1, 1, heads)
-  return query_HC, query_HL, d_out_HC, line(lse_BTH), line(mean_BTH)
+  lines_BT2H = jnp.stack([lse_BTH, mean_BTH], axis=2)
+  lines_2H = pad_last(lines_BT2H, heads).reshape(-1, 2, heads)
+  return [query_HC, query_HL, d_out_HC], lines_2H
 
 
 def flat_heads(array_BTHC, width, unit):

@@ -1,12 +1,12 @@
 """More keys than a TPU core's memory holds: a segment of them at a time.
 
 Lists are sorted, so that a query's keys of a segment stand together, and cut
-into items of at most P keys. The items of a segment stand together too, four to
-a list that is gathered at once, and each segment's table is loaded once for a
-chunk of queries. Every item is attended to as if it were a query of its own;
-results of a query's items are weighted by their log-sum-exp, or, gradients of
-queries, added up. A query of N keys makes at most N / P + G - 1 items, where G
-segments are touched.
+into items of at most P keys. The items of a segment stand together too, up to
+six to a list that is gathered at once, and each segment's table is loaded once
+for a chunk of queries. Every item is attended to as if it were a query of its
+own; results of a query's items are weighted by their log-sum-exp, or, gradients
+of queries, added up. A query of N keys makes at most N / P + G - 1 items, where
+G segments are touched.
 """
 # T queries (a chunk), N selected, G segments, I items, J steps, M items of a
 # query, P keys of an item, H heads, C latent width
@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from pallas_kernels.sparse_mla import tpu_plan as plans
 from pallas_kernels.sparse_mla import tpu_rows as rows
 
-# Keys of an item, and items of a list.
+# Most keys of an item, and most items of a list.
 ITEM = 256
-ITEMS = 4
+ITEMS = 6
 
 
 class Cut(NamedTuple):
@@ -37,6 +37,16 @@ class Cut(NamedTuple):
   plan: plans.Plan
   item_TM: jax.Array
   used_TM: jax.Array
+
+
+def list_shape(selected, segments, most):
+  """Returns (keys of an item, items of a list of at most `most` keys).
+
+  A query wastes half an item in a segment. Items are halved where a segment
+  has fewer keys of it than two.
+  """
+  item = ITEM if selected // segments >= 2 * ITEM else ITEM // 2
+  return item, min(ITEMS, most // item)
 
 
 def split(num_keys, limit):
@@ -57,21 +67,29 @@ def segment_tables(latent_BSC, key_rope_BSR, segments, size):
   return table.reshape(-1, segments, *table.shape[1:])
 
 
-def cut_lists(indices_TN, segments, size, words):
-  """Cuts the lists of a chunk of queries into items of single segments."""
+def cut_lists(indices_TN, segments, size, words, most_keys):
+  """Cuts the lists of a chunk of queries into items of single segments.
+
+  Args:
+    indices_TN: as in the front.
+    segments, size: how many segments of how many keys there are.
+    words: rows of a key in the table.
+    most_keys: of a list that is gathered at once.
+  """
   queries, selected = indices_TN.shape
+  item, items = list_shape(selected, segments, most_keys)
   end = segments * size
   indices_TN = indices_TN.astype(jnp.int32)
   sorted_TN = jnp.sort(jnp.where(indices_TN < 0, end, indices_TN), axis=-1)
   bounds = size * jnp.arange(segments + 1, dtype=sorted_TN.dtype)
   # One segment's bound at a time: all of them at once would be large.
   edge_TE = lax.map(lambda b: jnp.sum(sorted_TN < b, axis=-1), bounds).T
-  number_TG = -(-jnp.diff(edge_TE) // ITEM)
-  a_step = 2 * ITEMS
+  number_TG = -(-jnp.diff(edge_TE) // item)
+  a_step = 2 * items
   steps_G = jnp.maximum(1, -(-jnp.sum(number_TG, axis=0) // a_step))
   first_step_G = jnp.cumsum(steps_G) - steps_G
   before_TG = jnp.cumsum(number_TG, axis=0) - number_TG
-  most = -(-selected // ITEM) + segments - 1
+  most = -(-selected // item) + segments - 1
   num_steps = -(-queries * most // a_step) + segments
 
   item_M = jnp.arange(most)
@@ -82,7 +100,7 @@ def cut_lists(indices_TN, segments, size, words):
   pick = lambda x_TG: jnp.take_along_axis(x_TG, segment_TM, axis=1)
   rank_TM = item_M - pick(ends_TG - number_TG)
   item_TM = a_step * first_step_G[segment_TM] + pick(before_TG) + rank_TM
-  start_TM = pick(edge_TE[:, :-1]) + ITEM * rank_TM
+  start_TM = pick(edge_TE[:, :-1]) + item * rank_TM
   place_TM = jnp.where(used_TM, item_TM, a_step * num_steps)
   to_items = lambda x_TM: (
     jnp.zeros(a_step * num_steps, jnp.int32)
@@ -93,14 +111,14 @@ def cut_lists(indices_TN, segments, size, words):
   query_I, start_I = to_items(query_TM), to_items(start_TM)
   size_I = to_items(pick(edge_TE[:, 1:]) - start_TM)
 
-  padded = jnp.pad(sorted_TN, [(0, 0), (0, ITEM)], constant_values=end)
+  padded = jnp.pad(sorted_TN, [(0, 0), (0, item)], constant_values=end)
   list_IP = jax.vmap(
-    lambda query, start: lax.dynamic_slice(padded, (query, start), (1, ITEM))[0]
+    lambda query, start: lax.dynamic_slice(padded, (query, start), (1, item))[0]
   )(query_I, start_I)
   step_J = jnp.arange(num_steps)
   segment_J = jnp.sum(step_J[:, None] >= first_step_G, axis=-1) - 1
   base_I = size * jnp.repeat(segment_J, a_step)
-  listed_IP = jnp.arange(ITEM) < size_I[:, None]
+  listed_IP = jnp.arange(item) < size_I[:, None]
   list_IP = jnp.where(listed_IP, list_IP - base_I[:, None], size)
   offsets_IP = rows.FRONT + words * list_IP
   live_J = step_J < jnp.sum(steps_G)
@@ -115,9 +133,9 @@ def cut_lists(indices_TN, segments, size, words):
     num_tables=segments,
     num_steps=num_steps,
     queries=None,
-    items=ITEMS,
+    items=items,
     offsets=jnp.pad(
-      offsets_IP.reshape(2 * num_steps, 1, ITEMS * ITEM).astype(jnp.int32),
+      offsets_IP.reshape(2 * num_steps, 1, items * item).astype(jnp.int32),
       [(0, 2), (0, 0), (0, 0)],
       constant_values=rows.FRONT,
     ),

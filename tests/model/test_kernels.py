@@ -1,6 +1,7 @@
 """The model on the TPU's kernels, interpreted, against the plain XLA path."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,39 @@ def test_a_tpu_gets_its_kernels_for_what_they_take(monkeypatch):
   assert cost_rule.choose_kernels(top_k, 4096, jnp.float32) == "xla"
   assert cost_rule.choose_kernels(top_k, 1, jnp.bfloat16) == "xla"
   assert cost_rule.choose_form(top_k, 8192, 8192) == "expanded"
+
+
+@pytest.mark.parametrize(
+  "kernels,wanted",
+  [("xla", "xla"), ("tpu", "tpu"), ("tpu_interpret",) * 2, ("gpu", "xla")],
+)
+def test_gathered_kl_takes_the_kernels_there_are(monkeypatch, kernels, wanted):
+  asked = []
+
+  def attend(query_BTHC, *_, implementation, **__):
+    asked.append(implementation)
+    return query_BTHC, query_BTHC[..., 0]
+
+  def loss(*_, implementation, **__):
+    asked.append(implementation)
+    return jnp.zeros((1, 2))
+
+  monkeypatch.setattr(attention.sparse_mla, "sparse_mla", attend)
+  monkeypatch.setattr(attention.indexer_kl, "indexer_kl_gathered", loss)
+  projected = types.SimpleNamespace(
+    query_nope_BTHN=jnp.ones((1, 2, 3, 4)),
+    query_rope_BTHR=jnp.ones((1, 2, 3, 2)),
+    latent_BSC=jnp.ones((1, 2, 5)),
+    key_rope_BSR=jnp.ones((1, 2, 2)),
+    key_up_CHN=jnp.ones((5, 3, 4)),
+    value_up_CHV=jnp.ones((5, 3, 4)),
+  )
+  index = types.SimpleNamespace(query_BTIK=None, weight_BTI=None)
+  chosen = types.SimpleNamespace(indices_BTN=None)
+  attention.gathered(
+    *(projected, chosen, None, index, None), scale=1.0, kernels=kernels
+  )
+  assert asked == [kernels, wanted]
 
 
 def test_unknown_kernels_are_named():

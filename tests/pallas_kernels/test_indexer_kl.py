@@ -318,7 +318,7 @@ def test_nan_of_the_attention_is_no_perfect_kl(implementation):
   assert found_BT[*row] and found_BT.sum() == 1
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "tpu_interpret"])
 def test_nan_of_the_gathered_attention_is_no_perfect_kl(implementation):
   trained, arguments, _, visible = gathered_problem(6, 9, 4)
   row = np.argwhere(visible.any(-1))[0]

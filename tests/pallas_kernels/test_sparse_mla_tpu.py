@@ -97,9 +97,11 @@ def test_a_key_listed_often_counts_as_often():
 
 @pytest.mark.slow
 def test_segments_of_keys_equal_the_definition(monkeypatch):
-  # Three segments of 40 keys, lists of up to two items in a segment.
+  # Three segments of 40 keys, two items of 16 in a list, two chunks of queries.
   monkeypatch.setattr(tpu_segments, "ITEM", 32)
   monkeypatch.setattr(tpu_segments, "ITEMS", 2)
+  monkeypatch.setattr(tpu, "_QUERIES", 2)
+  monkeypatch.setattr(tpu_backward, "_QUERIES", 2)
   arrays, indices, d_out = draw((1, 3, 115, 3, 40, 6, 60))
   rng = np.random.default_rng(1)
   indices[0, 1] = rng.integers(0, 40, indices.shape[2])
