@@ -7,8 +7,15 @@ EXTRAS ?= dev
 # Worker processes of the tests.
 JOBS ?= 2
 WORKDIR ?= runs/quickstart
-# What `make schedule` compiles for.
-TOPOLOGIES ?= v5p:2x2x1 v6e:2x2
+# What `make schedule` compiles for, and which cases of pallas_kernels/cases.py:
+# "long" has one for each kernel, against the longest context.
+GENERATIONS ?= v5p v6e
+SHAPES ?= long
+TOPOLOGY_v5e := v5e:2x2
+TOPOLOGY_v5p := v5p:2x2x1
+TOPOLOGY_v6e := v6e:2x2
+TOPOLOGY_7x := tpu7x:2x2x1
+BUDGETS := pallas_kernels/budgets.json
 
 # The newest JAX and Flax of this Python: make test JAX=newest VENV=.venv-newest
 JAX ?= pinned
@@ -21,7 +28,8 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: install quickstart test slow test-all parity schedule lint format clean
+.PHONY: install quickstart test slow test-all parity schedule machine-code \
+  hopper lint format clean
 
 install: $(STAMP)
 
@@ -52,24 +60,39 @@ slow: $(STAMP)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" \
 	  $(PYTEST) -m "slow and not parity" $(ARGS)
 
-# Everything, the slowest and the comparisons with other implementations too.
+# Everything, the slowest and the comparisons with other implementations too, and
+# the kernels compiled for every device.
 test-all:
 	$(MAKE) install EXTRAS=dev,parity
 	$(PYTEST) -m "" $(ARGS)
+	$(MAKE) schedule GENERATIONS="v5e v5p v6e 7x" SHAPES=long ARGS=
+	$(MAKE) schedule GENERATIONS="v5e v5p v6e 7x" SHAPES=real ARGS=
+	$(MAKE) machine-code ARGS=
+	if $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 12))"; then \
+	  $(MAKE) machine-code JAX=newest ARGS=; \
+	fi
 
 parity:
 	$(MAKE) install EXTRAS=dev,parity
 	$(PYTEST) -m parity $(ARGS)
 
 # The TPU kernels compiled for chips that are not there, against their budget of
-# bundles. Renew the budget with ARGS=--write_budget.
+# bundles. Renew the budget with JOBS=1 ARGS=--write_budget.
 schedule:
-	$(MAKE) install VENV=.venv-tpu EXTRAS=dev,tpu
-	for topology in $(TOPOLOGIES); do \
-	  .venv-tpu/bin/python -m experiments.kernels --mode=schedule \
-	    --platform=tpu:$$topology --budget=pallas_kernels/budgets.json \
-	    $(ARGS) || exit 1; \
-	done
+	$(MAKE) -j$(JOBS) VENV=.venv-tpu EXTRAS=tpu $(GENERATIONS:%=schedule-%)
+
+schedule-%: $(STAMP)
+	$(BIN)/python -m experiments.kernels --mode=schedule --shapes=$(SHAPES) \
+	  --platform=tpu:$(TOPOLOGY_$*) --budget=$(BUDGETS) $(ARGS)
+
+# The GPU kernels compiled for Hopper, no GPU needed, and their machine code.
+machine-code:
+	$(MAKE) hopper VENV=.venv-hopper-$(JAX) EXTRAS=dev,hopper
+
+# Without the compiler the tests would be skipped.
+hopper: $(STAMP)
+	$(BIN)/python -c "import jax_cuda13_plugin"
+	$(PYTEST) -m "" tests/pallas_kernels/test_gpu_machine_code.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

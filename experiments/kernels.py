@@ -10,7 +10,8 @@ check: every implementation that the platform runs against "ref", forward and
 backward, over the small cases of pallas_kernels/cases.py. bench: checks first,
 then times each implementation beside "xla" and the floor of the device.
 schedule: compiles the kernels for a device that is not there and reads the
-compiler's schedule; --budget=FILE compares it, --write_budget records it. Each
+compiler's schedule; --budget=FILE compares it, --write_budget records it, and
+--noalone compiles for a TPU what XLA does around the kernels as well. Each
 result is a JSON line on stdout and, with --workdir, in DIR/kernels.jsonl; exit
 code 1 says that something failed. --readme prints the table of the benchmark
 and measures nothing.
@@ -23,6 +24,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 
 from absl import app
 from absl import flags
@@ -58,17 +60,23 @@ _SHAPES = flags.DEFINE_enum(
   "Sizes to time or schedule; small on cpu unless given, else real.",
 )
 _SEEDS = flags.DEFINE_integer(
-  "seeds", None, "Sets of inputs: 1 to check, 3 to time."
+  "seeds", None, "Sets of inputs: 1 to check, 3 to time.", lower_bound=1
 )
-_SECONDS = flags.DEFINE_float("seconds", 2.0, "Most seconds to time one set.")
+_SECONDS = flags.DEFINE_float(
+  "seconds", 2.0, "Most seconds to time one set.", lower_bound=0.0
+)
 _COMPILE_SECONDS = flags.DEFINE_float(
-  "compile_seconds", 1800.0, "Most seconds to compile one schedule."
+  "compile_seconds",
+  1800.0,
+  "Most seconds to compile one schedule.",
+  lower_bound=0.0,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results.")
 _README = flags.DEFINE_string("readme", None, "File to write the table to.")
 _BUDGET = flags.DEFINE_string(
   "budget", None, "JSON file of bundles or instructions."
 )
+_ALONE = flags.DEFINE_bool("alone", True, "Compile TPU kernels alone.")
 _WRITE_BUDGET = flags.DEFINE_bool("write_budget", False, "Write --budget.")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -101,6 +109,8 @@ def wanted(table, by_name: bool = True) -> list[cases.Case]:
 
   Without `by_name`, all cases of the operations if none has a name asked for.
   """
+  if not _OPERATIONS.value:
+    raise ValueError("--op names no operation")
   for name in _OPERATIONS.value:
     if name not in cases.OPERATIONS:
       raise ValueError(f"--op has {name!r}, not in {cases.OPERATIONS}")
@@ -115,6 +125,10 @@ def wanted(table, by_name: bool = True) -> list[cases.Case]:
 
 def names_for(operation: str) -> list[str]:
   """Returns the implementations to run."""
+  known = checking.BY_BACKEND[_PLATFORM.value]
+  for name in _IMPLEMENTATIONS.value:
+    if name not in known:
+      raise ValueError(f"--implementations has {name!r}, not in {known}")
   return [
     name
     for name in checking.BY_BACKEND[_PLATFORM.value]
@@ -147,10 +161,9 @@ def bench(table, names: dict[str, list[str]], device: jax.Device) -> bool:
   """Times cases by the named implementations; tells whether all ran."""
   on, ran = timing.peaks(device), True
   for case in table:
-    both = ("forward", "forward_backward")
     for dtype in case.dtypes:
       inputs = [problems.draw(case, dtype, s) for s in range(_SEEDS.value or 3)]
-      for direction in both if problems.TRAINED[case.operation] else both[:1]:
+      for direction in problems.directions(case.operation):
         baseline = None
         for name in names[case.operation]:
           found = measure(case, dtype, direction, name, inputs, on)
@@ -205,42 +218,30 @@ def measure(case, dtype, direction, name, inputs, on) -> dict:
 
 def schedule(table) -> bool:
   """Compiles cases for a device that is not there; tells whether all did."""
-  kind, _, target = _PLATFORM.value.partition(":")
-  if kind not in ("tpu", "gpu") or not target:
-    raise ValueError(
-      f"--platform={_PLATFORM.value} names no device to compile"
-      " for, as tpu:v5p:2x2x1 or gpu:h200 do"
-    )
-  offered = {
-    case.operation for case in table if checking.offers(case.operation, kind)
-  }
-  if not offered:
-    raise ValueError(f"no operation has kernels for {kind!r}")
+  # To look for the device that is not there takes long.
+  jax.config.update("jax_platforms", "cpu")
   results = []
-  for case in table:
-    both = ("forward", "forward_backward")
-    for dtype in case.dtypes if case.operation in offered else ():
-      for direction in both if problems.TRAINED[case.operation] else both[:1]:
-        found = {
-          "platform": _PLATFORM.value,
-          "operation": case.operation,
-          "case": case.name,
-          "dtype": dtype,
-          "direction": direction,
-          "implementation": kind,
-          "shapes": shapes(),
-        }
-        found |= compiled(found)
-        emit({"mode": "schedule"} | found)
-        for row in budget.rows(found):
-          emit(row)
-        results.append(found)
+  rows = budget.plan(table, _PLATFORM.value, _ALONE.value)
+  path = _BUDGET.value and pathlib.Path(_BUDGET.value)
+  if _WRITE_BUDGET.value and path is None:
+    raise ValueError("--write_budget needs --budget")
+  # What cannot be compared is told before anything is compiled.
+  allowed = {} if path is None or _WRITE_BUDGET.value else budget.read(path)
+  for row in rows:
+    begun = time.monotonic()
+    found = row | {"shapes": shapes()}
+    found |= compiled(found)
+    found["seconds"] = round(time.monotonic() - begun, 1)
+    emit({"mode": "schedule"} | found)
+    for line in budget.rows(found):
+      emit(line)
+    results.append(found)
   sys.stderr.write("\n".join(map(budget.table, results)) + "\n")
-  if _BUDGET.value is not None:
-    path = pathlib.Path(_BUDGET.value)
+  if path is not None:
     if _WRITE_BUDGET.value:
       budget.write(path, results)
-    over = budget.exceeded(budget.read(path), results)
+      allowed = budget.read(path)
+    over = budget.exceeded(allowed, results)
     sys.stderr.write("".join(f"over budget: {line}\n" for line in over))
     if over:
       return False
@@ -249,26 +250,22 @@ def schedule(table) -> bool:
 
 def compiled(row: dict) -> dict:
   """Compiles one problem in a process of its own, which dumps its schedule."""
-  environment = {
-    name: value
-    for name, value in os.environ.items()
-    # What comes out of a cache is not dumped.
-    if not name.startswith("JAX_COMPILATION_CACHE")
-  }
   with tempfile.TemporaryDirectory() as folder:
-    row = row | {"folder": folder}
-    environment |= {
+    environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
       "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
       "TPU_SKIP_MDS_QUERY": "1",
       "TPU_WORKER_HOSTNAMES": "localhost",
       "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder}"
-      " --xla_jf_dump_llo_text=true",
+      " --xla_jf_dump_llo_text=true"
+      " --xla_jf_dump_llo_pass_label_regex=.*final_.*",
     }
+    # What comes out of a cache is not dumped.
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, "-m", "experiments.kernels_compile"]
     try:
       done = subprocess.run(
-        [*command, json.dumps(row)],
+        [*command, json.dumps(row | {"folder": folder})],
         check=False,
         capture_output=True,
         text=True,

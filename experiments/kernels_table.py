@@ -28,7 +28,7 @@ def latest(rows: list[dict]) -> list[dict]:
   """Returns the last timing of each kind."""
   found = {}
   for row in rows:
-    if row["mode"] == "bench":
+    if row.get("mode") == "bench":
       found[tuple(row[name] for name in KEY)] = row
   return list(found.values())
 
@@ -74,7 +74,9 @@ def _line(row) -> str:
 
 
 def _checks(rows) -> str:
-  checks = [row for row in rows if row["mode"] == "check" and "passed" in row]
+  checks = [
+    row for row in rows if row.get("mode") == "check" and "passed" in row
+  ]
   worst: dict[tuple[str, str], float] = {}
   for row in checks:
     key = (row["platform"], row["dtype"])

@@ -1,18 +1,35 @@
-"""Budgets of schedules: how many bundles or instructions a tile may take.
+"""Budgets of schedules: how much the kernels may take of a device.
 
 A budget is a dictionary, in a file as JSON: by "platform/operation/case/
-dtype/direction", then by kernel, the size of a tile. A kernel that grows by
-more than 2% is over budget, and so is one that has none.
+dtype/direction", then by kernel. On a TPU that is the bundles of a tile; on a
+GPU the instructions of the largest loop, the highest register, the bytes of
+shared memory and how often the instructions of `COUNTED` occur.
+
+A tile or a loop that grows by more than 2% is over budget, and so is anything
+more of registers or shared memory, another count, a spilled register, what the
+assembler warns of (such as C7511, products that wait for one another), a kernel
+that has no budget and a budget without a kernel.
 """
 
+from collections.abc import Iterable, Iterator
 import json
 import pathlib
 
+from pallas_kernels import cases
+from pallas_kernels import checking
+from pallas_kernels import problems
 from pallas_kernels import schedule_gpu
 
 SLACK = 1.02
+# Products, asynchronous copies and sums in memory: those a Hopper kernel is
+# written in, whatever the compiler makes of the rest.
+COUNTED = ("HGMMA", "QGMMA", "UTMALDG", "UTMASTG", "LDGSTS", "REDG")
 # Bundles or instructions of a loop that is worth a line.
 SMALLEST_LOOP = 16
+
+
+# By problem and kernel: bundles of a TPU's, or limits by name of a GPU's.
+Budget = dict[str, dict[str, int | dict]]
 
 
 def key(result: dict) -> str:
@@ -21,25 +38,78 @@ def key(result: dict) -> str:
   return "/".join(result[part] for part in parts)
 
 
-def sizes(results: list[dict]) -> dict[str, dict[str, int]]:
+def plan(
+  table: Iterable[cases.Case], platform: str, alone: bool
+) -> Iterator[dict]:
+  """Lists what to compile: the cases and types with a kernel.
+
+  The kernels of the forward direction are among those of the gradient, so that
+  one direction is enough.
+
+  Args:
+    table: the cases.
+    platform: "tpu:" and a topology, or "gpu:" and a device.
+    alone: whether a TPU's kernels are compiled without the rest.
+
+  Raises:
+    ValueError: for another platform, or if no operation has a kernel for it.
+  """
+  kind, _, target = platform.partition(":")
+  if kind not in ("tpu", "gpu") or not target:
+    raise ValueError(
+      f"--platform={platform} names no device to compile for, as tpu:v5p:2x2x1"
+      " or gpu:h200 do"
+    )
+  offered = [case for case in table if checking.offers(case.operation, kind)]
+  if not offered:
+    raise ValueError(f"no operation has kernels for {kind!r}")
+  for case in offered:
+    for dtype in case.dtypes:
+      yield {
+        "platform": platform,
+        "operation": case.operation,
+        "case": case.name,
+        "dtype": dtype,
+        "direction": problems.directions(case.operation)[-1],
+        "implementation": kind,
+        "alone": alone and kind == "tpu",
+      }
+
+
+def sizes(results: list[dict]) -> Budget:
   """Returns the budget that results just keep."""
   return {
-    key(result): {k["name"]: k["tile"] for k in result["kernels"]}
+    key(result): {k["name"]: _size_of(k) for k in result["kernels"]}
     for result in results
     if "kernels" in result
   }
 
 
-def read(path: pathlib.Path) -> dict[str, dict[str, int]]:
+def _size_of(kernel):
+  if "registers" not in kernel:
+    return kernel["tile"]
+  counts = kernel["opcodes"]
+  return {
+    "instructions": kernel["tile"],
+    "registers": kernel["highest_register"],
+    "shared_bytes": kernel["shared_bytes"],
+    "opcodes": {name: counts[name] for name in COUNTED if name in counts},
+  }
+
+
+def read(path: pathlib.Path) -> Budget:
   """Reads a budget.
 
   Raises:
-    ValueError: if the file is not JSON.
+    ValueError: if the file is not JSON, or no dictionary.
   """
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8"))
   except json.JSONDecodeError as error:
     raise ValueError(f"{path} is not JSON: {error}") from error
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} holds no budget")
+  return found
 
 
 def write(path: pathlib.Path, results: list[dict]) -> None:
@@ -50,19 +120,55 @@ def write(path: pathlib.Path, results: list[dict]) -> None:
   path.write_text(text + "\n", encoding="utf-8")
 
 
-def exceeded(
-  budget: dict[str, dict[str, int]], results: list[dict]
-) -> list[str]:
+def exceeded(budget: Budget, results: list[dict]) -> list[str]:
   """Lists what is over budget, a line each."""
   lines = []
-  for name, kernels in sizes(results).items():
-    for kernel, tile in kernels.items():
-      allowed = budget.get(name, {}).get(kernel)
-      if allowed is None:
-        lines.append(f"{name} {kernel}: {tile}, no budget")
-      elif tile > SLACK * allowed:
-        lines.append(f"{name} {kernel}: {tile}, more than {allowed}")
+  for result in results:
+    name = key(result)
+    allowed = budget.get(name, {})
+    kernels = {kernel["name"]: kernel for kernel in result.get("kernels", ())}
+    for kernel in sorted(allowed.keys() | kernels.keys()):
+      if kernel not in kernels:
+        reasons = ["a budget, but not compiled"]
+      elif kernel not in allowed:
+        reasons = [f"{_size_of(kernels[kernel])}, no budget"]
+      else:
+        reasons = _over(kernels[kernel], allowed[kernel])
+      reasons += _faults(kernels.get(kernel, {}))
+      lines += [f"{name} {kernel}: {reason}" for reason in reasons]
   return lines
+
+
+def _over(kernel, allowed) -> list[str]:
+  """Says in what a kernel takes more than it may."""
+  taken = _size_of(kernel)
+  if not isinstance(taken, dict):
+    return _more("bundles", taken, allowed, SLACK)
+  reasons = _more(
+    "instructions", taken["instructions"], allowed["instructions"], SLACK
+  )
+  for name in ("registers", "shared_bytes"):
+    reasons += _more(name, taken[name], allowed[name])
+  for name in COUNTED:
+    count, wanted = (x["opcodes"].get(name, 0) for x in (taken, allowed))
+    if count != wanted:
+      reasons.append(f"{count} {name}, not {wanted}")
+  return reasons
+
+
+def _more(what, taken, allowed, slack=1.0) -> list[str]:
+  over = taken > slack * allowed
+  return [f"{taken} {what}, more than {allowed}"] if over else []
+
+
+def _faults(kernel) -> list[str]:
+  """Says what no kernel of a GPU may do."""
+  spilled = [
+    f"{kernel[name]} {name}"
+    for name in ("spill_bytes", "spill_instructions")
+    if kernel.get(name)
+  ]
+  return spilled + kernel.get("warnings", [])
 
 
 def rows(result: dict) -> list[dict]:

@@ -2,8 +2,9 @@
 
 `CHECKS` are small and odd: partial tiles, rows that see nothing, one key head,
 a NaN. `BENCHMARKS` are what is timed and scheduled: "real" is one chip's share
-of DeepSeek-V3.2, "small" what a CPU does in seconds. `TOLERANCES` is the only
-place that says how far a result may be from "ref".
+of DeepSeek-V3.2, "long" that against its longest context of 131072 keys,
+"small" what a CPU does in seconds. `TOLERANCES` is the only place that says how
+far a result may be from "ref".
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ OPERATIONS = (
   "indexer_kl",
   "indexer_kl_gathered",
   "expert_ffn",
+  "decode_scores",
 )
 
 
@@ -39,6 +41,7 @@ class Case:
     index_width: width of the indexer's queries and keys.
     top_k: keys a query selects, or experts a token has.
     experts: experts of the layer.
+    page: keys of a page of the cache.
     sparsity: a mask of one key in 2**sparsity; 0 is no mask.
     segments: whether there are documents.
     ragged: queries at random slots and lists of random length, padding among
@@ -63,6 +66,7 @@ class Case:
   index_width: int = 0
   top_k: int = 0
   experts: int = 0
+  page: int = 0
   sparsity: int = 0
   segments: bool = False
   ragged: bool = False
@@ -170,6 +174,20 @@ def _experts(name, tokens, experts, top_k, width, value, **options):
   )
 
 
+def _decode(name, batch, keys, page, heads, width, **options):
+  return Case(
+    operation="decode_scores",
+    name=name,
+    batch=batch,
+    queries=1,
+    keys=keys,
+    page=page,
+    index_heads=heads,
+    index_width=width,
+    **{"dtypes": INDEX_DTYPES} | options,
+  )
+
+
 CHECKS = (
   _index("causal", 1, 37, 37, 4, 16, 8),
   _index("odd_tiles", 2, 19, 331, 8, 32, 40, ragged=True, segments=True),
@@ -198,9 +216,12 @@ CHECKS = (
   _experts("uneven", 53, 7, 3, 24, 40, ragged=True),
   _experts("one_token", 1, 4, 2, 16, 8),
   _experts("lanes", 64, 4, 2, 128, 256),
+  _decode("odd", 3, 300, 32, 5, 24, ragged=True),
+  _decode("lanes", 3, 1000, 64, 8, 128, ragged=True),
 )
 
 _BF16 = {"dtypes": ("bfloat16",)}
+_FP8 = {"dtypes": ("float8_e4m3fn",)}
 _F32 = {"dtypes": ("float32",)}
 
 BENCHMARKS = {
@@ -211,6 +232,7 @@ BENCHMARKS = {
     _kl("prefill", 128, 1024, 4, 48, (8, 32), sparsity=2, **_F32),
     _kl_gathered("prefill", 64, 1024, 8, (128, 32), (8, 32), 256, **_F32),
     _experts("tokens", 512, 8, 2, 256, 128, **_F32),
+    _decode("decode", 4, 2048, 64, 8, 32, **_F32),
   ),
   "real": (
     _index(
@@ -234,6 +256,17 @@ BENCHMARKS = {
       "sparse_32k", 256, 32768, 128, (512, 64), (64, 128), 2048, **_BF16
     ),
     _experts("share", 4096, 16, 8, 7168, 2048, **_BF16),
+    _decode("decode_32k", 16, 32768, 64, 64, 128, **_FP8),
+  ),
+  "long": (
+    _index("prefill_128k", 1, 2048, 131072, 64, 128, 2048, **_BF16),
+    _attend("prefill_128k", 1, 8192, 131072, 16, 192, 128, sparsity=6, **_BF16),
+    _sparse("prefill_128k", 1, 512, 131072, 128, 512, 64, 2048, **_BF16),
+    _kl("sparse_128k", 512, 131072, 16, 192, (64, 128), sparsity=6, **_BF16),
+    _kl_gathered(
+      "sparse_128k", 256, 131072, 128, (512, 64), (64, 128), 2048, **_BF16
+    ),
+    _decode("decode_128k", 16, 131072, 64, 64, 128, **_FP8),
   ),
 }
 
@@ -267,4 +300,7 @@ TOLERANCES = {
   ("indexer_kl_gathered", "bfloat16"): Tolerance(3.1e-03, 2e-2),
   ("expert_ffn", "float32"): Tolerance(8.1e-07, 1e-5),
   ("expert_ffn", "bfloat16"): Tolerance(3.4e-03, 2e-2),
+  ("decode_scores", "float32"): Tolerance(0.0, 1e-5),
+  ("decode_scores", "bfloat16"): Tolerance(0.0, 1e-5),
+  ("decode_scores", "float8_e4m3fn"): Tolerance(0.0, 1e-5),
 }

@@ -14,6 +14,7 @@ import numpy as np
 
 from pallas_kernels import bitmask
 from pallas_kernels import cases
+from pallas_kernels.decode_scores import decode_scores
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_kl import indexer_kl_gathered_loss
@@ -22,6 +23,7 @@ from pallas_kernels.masked_attention import masked_attention
 from pallas_kernels.sparse_mla import sparse_mla
 
 INDEX = ("index_query", "index_key", "index_weight")
+PAGED = ("index_query", "index_weight", "page", "scale", "table", "lengths")
 LATENT = ("query_latent", "query_rope", "latent", "key_rope")
 # Those that a gradient is asked for.
 TRAINED = {
@@ -31,6 +33,7 @@ TRAINED = {
   "indexer_kl": INDEX,
   "indexer_kl_gathered": INDEX,
   "expert_ffn": ("x", "weights", "gate", "up", "down"),
+  "decode_scores": (),
 }
 # The output that the gradient is taken of.
 DIFFERENTIABLE = {
@@ -43,6 +46,12 @@ DIFFERENTIABLE = {
 SEGMENTS = 3
 
 
+def directions(operation: str) -> tuple[str, ...]:
+  """Returns the ways to run an operation; the last one does all it can."""
+  both = ("forward", "forward_backward")
+  return both if TRAINED[operation] else both[:1]
+
+
 def shapes(case: cases.Case, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shape and type of each array of a problem, by name."""
   makers = {
@@ -52,6 +61,7 @@ def shapes(case: cases.Case, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     "indexer_kl": _kl_shapes,
     "indexer_kl_gathered": _kl_gathered_shapes,
     "expert_ffn": _expert_shapes,
+    "decode_scores": _paged_shapes,
   }
   found = {}
   for name, (shape, kind) in makers[case.operation](case).items():
@@ -144,6 +154,21 @@ def _expert_shapes(case):
   }
 
 
+def _paged_shapes(case):
+  batch, heads = case.batch, case.index_heads
+  num_pages = -(-case.keys // case.page)
+  pages = (batch * num_pages, case.page)
+  return {
+    "index_query": ((batch, heads, case.index_width), "input"),
+    "index_weight": ((batch, heads), "float32"),
+    # Of 8 bits whatever the type of the query.
+    "page": ((*pages, case.index_width), "float8_e4m3fn"),
+    "scale": (pages, "float32"),
+    "table": ((batch, num_pages), "int32"),
+    "lengths": ((batch,), "int32"),
+  }
+
+
 def draw(case: cases.Case, dtype: str, seed: int = 0) -> dict[str, jax.Array]:
   """Fills the arrays of a problem from a seed."""
   rng = np.random.default_rng(seed)
@@ -153,6 +178,11 @@ def draw(case: cases.Case, dtype: str, seed: int = 0) -> dict[str, jax.Array]:
     "query_segments": _segments,
     "key_segments": _segments,
     "key_scale": lambda case, rng, shape: rng.uniform(0.5, 2.0, shape),
+    "scale": lambda case, rng, shape: rng.uniform(0.5, 2.0, shape),
+    "table": lambda case, rng, shape: rng.permutation(
+      shape[0] * shape[1]
+    ).reshape(shape),
+    "lengths": _lengths,
     "token_weight": lambda case, rng, shape: rng.uniform(0.0, 1.0, shape),
     "weights": lambda case, rng, shape: rng.uniform(0.0, 1.0, shape),
     "indices": _indices,
@@ -185,6 +215,14 @@ def _slots(case, rng, shape):
   if case.queries > 1:
     slots[-1, -1] = -1
   return slots
+
+
+def _lengths(case, rng, shape):
+  if not case.ragged:
+    return np.full(shape, case.keys)
+  lengths = rng.integers(0, case.keys + 1, shape)
+  lengths[0], lengths[-1] = case.keys, 0
+  return lengths
 
 
 def _segments(case, rng, shape):
@@ -257,6 +295,8 @@ def call(
   if case.operation == "expert_ffn":
     names = ("x", "experts", "weights", "gate", "up", "down")
     return {"out": expert_ffn(*take(*names), **options)}
+  if case.operation == "decode_scores":
+    return {"scores": decode_scores(*take(*PAGED), **options)}
   options["scale"] = width**-0.5
   if case.operation == "masked_attention":
     names = ("query", "key", "value", "slots")

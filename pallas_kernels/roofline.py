@@ -146,7 +146,7 @@ def products(
 
   With H heads, Q key width, V value width, C latent and R rotary width, I
   index heads of width K, a pair of a query and a key costs:
-    index_select: I K.
+    index_select, decode_scores: I K.
     masked_attention: H (Q + V); backward H (3 Q + 2 V): scores again, the
       gradients of weights, values, queries and keys.
     sparse_mla: the same with Q = C + R, V = C.
@@ -175,7 +175,7 @@ def products(
       out._replace(rows=3 * count),
       _sums(3 * count * case.width, case.value),
     ]
-  if case.operation == "index_select":
+  if case.operation in ("index_select", "decode_scores"):
     return [_scores(count * index[0], index[1])]
   if case.operation in ("indexer_kl", "indexer_kl_gathered"):
     found = [_scores(count * heads, key), _scores(count * index[0], index[1])]
@@ -226,6 +226,8 @@ def _result_bytes(case, dtype):
   rows = case.batch * case.queries
   if case.operation == "expert_ffn":
     return 4 * rows * case.width
+  if case.operation == "decode_scores":
+    return 4 * rows * case.keys
   if case.operation == "index_select":
     words = -(-case.keys // 32)
     return rows * (4 * words + 4 * case.top_k + 9)

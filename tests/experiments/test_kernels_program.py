@@ -1,4 +1,4 @@
-"""experiments.kernels: lines it prints, exit codes, its table and budgets."""
+"""experiments.kernels: lines it prints, exit codes, its table."""
 
 import json
 import pathlib
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import kernels_table
-from pallas_kernels import budget
 from pallas_kernels import timing
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -76,6 +75,17 @@ MORE_MISTAKES = (
   (["--platform=nonsense"], "nonsense"),
   (["--mode=schedule", "--platform=cpu"], "names no device"),
   (["--readme=README.md"], "--workdir"),
+  (["--op="], "--op names no operation"),
+  (["--seeds=0"], "--seeds"),
+  (["--implementations=xla,nonsense"], "nonsense"),
+  (
+    ["--mode=schedule", "--platform=tpu:v5p:2x2x1", "--budget=nonsense"],
+    "nonsense",
+  ),
+  (
+    ["--mode=schedule", "--platform=tpu:v5p:2x2x1", "--write_budget"],
+    "--write_budget needs --budget",
+  ),
 )
 
 
@@ -155,88 +165,6 @@ def test_a_file_without_markers_is_refused(tmp_path):
   readme.write_text("no markers")
   with pytest.raises(ValueError, match="needs one"):
     kernels_table.write(results, readme)
-
-
-def scheduled(tile, **changes):
-  row = {
-    "platform": "tpu:v5p:2x2x1",
-    "operation": "sparse_mla",
-    "case": "prefill",
-    "dtype": "bfloat16",
-    "direction": "forward",
-    "temp_bytes": 2**21,
-    "kernels": [{"name": "forward.1", "tile": tile, "loops": []}],
-  }
-  return row | changes
-
-
-def test_budgets_allow_two_percent(tmp_path):
-  path = tmp_path / "budget.json"
-  budget.write(path, [scheduled(1000), scheduled(50, case="decode")])
-  budget.write(path, [scheduled(70, case="decode")])
-  kept = budget.read(path)
-  assert kept["tpu:v5p:2x2x1/sparse_mla/prefill/bfloat16/forward"] == {
-    "forward.1": 1000
-  }
-  assert budget.exceeded(kept, [scheduled(1020)]) == []
-  (line,) = budget.exceeded(kept, [scheduled(1021)])
-  assert "forward.1: 1021, more than 1000" in line
-  (line,) = budget.exceeded(kept, [scheduled(1, dtype="float32")])
-  assert "no budget" in line
-  path.write_text("{")
-  with pytest.raises(ValueError, match="not JSON"):
-    budget.read(path)
-
-
-def test_a_schedule_is_told_in_lines():
-  shares = {"MXU": 0.25, "VALU": 0.5}
-  outer = {
-    "depth": 0,
-    "bundles": 21,
-    "trips": 6,
-    "step": 45,
-    "mxu_least": 16,
-    "shares": shares,
-  }
-  inner = outer | {
-    "depth": 1,
-    "bundles": 17,
-    "trips": None,
-    "step": None,
-    "mxu_least": None,
-  }
-  kernel = {
-    "name": "made_up.1",
-    "tile": 45,
-    "loops": [outer, inner | {"bundles": 9}, inner],
-  }
-  found = scheduled(
-    45, kernels=[kernel], executed=300, mxu_minimum=75, mxu_minimum_padded=96
-  )
-  assert budget.table(found).splitlines() == [
-    "tpu:v5p:2x2x1/sparse_mla/prefill/bfloat16/forward: 2 MiB temporary, 300"
-    " bundles in all, 25% (32% padded) of them the least of its products",
-    "  made_up.1: 45 bundles a tile",
-    "    21 bundles x 6, 45 a step, products 16 (36%): MXU 25%, VALU 50%",
-    "      17 bundles: MXU 25%, VALU 50%",
-  ]
-  skipped = {k: v for k, v in found.items() if k != "kernels"}
-  assert "skipped, too odd" in budget.table(skipped | {"skipped": "too odd"})
-  kernel = {
-    "name": "kernel_0",
-    "tile": 60,
-    "registers": 168,
-    "spill_bytes": 8,
-    "shared_bytes": 9,
-    "warnings": ["C7511"],
-    "loops": [{"instructions": 60, "opcodes": {"FADD": 40, "HGMMA": 20}}],
-  }
-  lines = budget.table(scheduled(1, kernels=[kernel])).splitlines()
-  assert lines[1:] == [
-    "  kernel_0: 60 instructions a tile, 168 registers, 8 B spilled,"
-    " 9 B shared; C7511",
-    "    60 instructions: HGMMA 20, FADD 40",
-  ]
 
 
 def test_timing_waits_for_each_call():
