@@ -43,6 +43,8 @@ class Report:
     compile_seconds: of tracing, lowering and compiling.
     sorts: sort instructions in the compiled program.
     collectives: instructions by kind, loops counted once.
+    most_gathered: devices that the widest all-gather joins; where those are
+      all of them, an array is held whole everywhere.
   """
 
   devices: int
@@ -56,6 +58,7 @@ class Report:
   compile_seconds: float
   sorts: int
   collectives: dict[str, int]
+  most_gathered: int
 
 
 class DoesNotFit(ValueError):
@@ -148,8 +151,10 @@ def counts(config: run.TrainConfig) -> dict:
 def _report(config, mesh, compiled, seconds):
   memory = compiled.memory_analysis()
   text = compiled.as_text()
+  devices = math.prod(mesh.shape.values())
+  gathers = re.findall(r" all-gather(?:-start)?\(.*", text)
   report = Report(
-    devices=math.prod(mesh.shape.values()),
+    devices=devices,
     argument_bytes_per_device=memory.argument_size_in_bytes,
     temporary_bytes_per_device=memory.temp_size_in_bytes,
     peak_bytes_per_device=memory.peak_memory_in_bytes,
@@ -161,8 +166,32 @@ def _report(config, mesh, compiled, seconds):
       for kind in _COLLECTIVES
       if (count := len(re.findall(rf" {kind}(?:-start)?\(", text)))
     },
+    most_gathered=max((_group_size(x, devices) for x in gathers), default=1),
   )
   return report, compiled
+
+
+def _group_size(instruction: str, devices: int) -> int:
+  """Devices of a group of a collective, in each of the ways XLA prints them.
+
+  Nothing for all devices, `[groups,devices]`, or lists of devices, or the sizes of a mesh's axes and
+  then those along which a group lies.
+  """
+  if "replica_groups={}" in instruction:
+    return devices
+  found = re.search(r"replica_groups=\[\d+,(\d+)\]", instruction)
+  if found is not None:
+    return int(found[1])
+  found = re.search(r"replica_groups=\{\{([\d,]*)\}", instruction)
+  if found is not None:
+    return found[1].count(",") + 1
+  found = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", instruction)
+  if found is None:
+    raise ValueError(f"no replica groups in {instruction}")
+  sizes = dict(re.findall(r"('\w+')=(\d+)", found[1]))
+  # Of an axis that is only used in part: name:(what is before)size.
+  axes = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", found[2])
+  return math.prod(int(part or sizes[name]) for name, part in axes)
 
 
 def _explained(error):

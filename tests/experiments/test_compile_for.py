@@ -1,20 +1,27 @@
 """The ahead-of-time program, run as its users run it."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from dsv32_jax.model import presets
+from dsv32_jax.training import ahead
 from dsv32_jax.training import flops
 from dsv32_jax.training import stages
 
 
-def compile_for(*arguments):
+def compile_for(*arguments, **environment):
   command = [sys.executable, "-m", "experiments.compile_for", *arguments]
   return subprocess.run(
-    command, check=False, capture_output=True, text=True, timeout=280
+    command,
+    check=False,
+    capture_output=True,
+    text=True,
+    timeout=280,
+    env=os.environ | environment,
   )
 
 
@@ -41,6 +48,59 @@ def test_reports_a_step_on_forced_cpu_devices(tmp_path):
   assert report["model_flops_per_step"] == wanted.total
   assert report["collectives"], "two devices share nothing"
   assert report["sorts"] == 0
+
+
+def sparse_step(output, **mesh):
+  """Compiles a small sparse step for eight devices; (report, stderr)."""
+  finished = compile_for(
+    "--topology=cpu:8",
+    "--config=configs/tiny.py:sparse",
+    "--config.stage.attention_form=gathered",
+    "--config.model.num_layers=2",
+    "--config.model.num_mtp_layers=0",
+    "--config.mesh.data=1",
+    *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
+    "--config.data.batch_size=8",
+    "--config.data.sequence_length=64",
+    f"--output={output}",
+    # A program from the cache would pass without a word.
+    JAX_ENABLE_COMPILATION_CACHE="false",
+  )
+  assert finished.returncode == 0, finished.stderr
+  return json.loads(output.read_text()), finished.stderr
+
+
+@pytest.mark.slow
+def test_a_sparse_step_exchanges_experts_and_gathers_by_parts(tmp_path):
+  report, _ = sparse_step(tmp_path / "report.json", fsdp=2, expert=2, context=2)
+  assert report["sorts"] == 0
+  assert report["collectives"]["all-to-all"] > 0, "no expert exchange"
+  assert 1 < report["most_gathered"] < 8
+
+
+@pytest.mark.slow
+def test_a_sparse_step_copies_no_array_everywhere(tmp_path):
+  _, told = sparse_step(tmp_path / "report.json", fsdp=2, context=4)
+  # What the partitioner says where it knows no better.
+  assert "full rematerialization" not in told
+
+
+@pytest.mark.parametrize(
+  "groups,size",
+  [
+    ("[4,2]<=[8]", 2),
+    ("{{0,1,2,3},{4,5,6,7}}", 4),
+    ("{{0}}", 1),
+    ("{}", 8),
+    ("mesh['a'=2,'b'=4,'c'=1] {'b'}", 4),
+    ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+    ("mesh['a'=8] {'a':(2)4}", 4),
+    ("mesh['a'=4,'b'=2], device_ids=([2,2,2]T(0,2,1)) {'a'}", 4),
+  ],
+)
+def test_groups_of_a_collective_are_counted(groups, size):
+  line = f" all-gather(x), replica_groups={groups}, dimensions={{0}}"
+  assert ahead._group_size(line, 8) == size
 
 
 def test_sequences_that_do_not_divide_are_named():
