@@ -120,6 +120,7 @@ def gathered(
     projected.key_rope_BSR,
     chosen.indices_BTN,
     scale=scale,
+    indices_are_sorted=True,
     implementation=kernels,
   )
   kl_BT = None
@@ -135,6 +136,7 @@ def gathered(
       lse_BTH,
       chosen.indices_BTN,
       scale=scale,
+      indices_are_sorted=True,
       # The KL has no kernels for GPUs.
       implementation="xla" if kernels == "gpu" else kernels,
     )

@@ -24,7 +24,7 @@ class Selection(NamedTuple):
 
   Attributes:
     mask_BTW: uint32; key s is bit s % 32 of word s // 32.
-    indices_BTN: int32, padded with -1.
+    indices_BTN: int32, ascending, padded at the end with -1.
     invalid_BT: True where a NaN among the scores left the choice empty.
   """
 
@@ -147,7 +147,7 @@ class Window:
         batch_B11, jnp.maximum(indices_BTN, 0)
       ]
       visible_BTN &= segments_BTN == sight.query_segments_BT[..., None]
-    indices_BTN = jnp.where(visible_BTN, indices_BTN, -1)
+    indices_BTN = _ascending(jnp.where(visible_BTN, indices_BTN, -1))
     mask_BTW = None
     if not want_indices:
       mask_BTW = window_mask(slots_BT, self.k, key_BSK.shape[1])
@@ -193,7 +193,16 @@ def from_replay(replayed, *, num_keys: int, want_indices: int | None):
     return Selection(mask, None, None)
   if is_mask:
     replayed = bitmask.to_indices(replayed, want_indices, num_keys)
+  else:
+    replayed = _ascending(replayed)
   return Selection(None, replayed, None)
+
+
+def _ascending(indices_BTN):
+  """Sorts indices, -1 to the end."""
+  last = jnp.iinfo(jnp.int32).max
+  sorted_BTN = jnp.sort(jnp.where(indices_BTN < 0, last, indices_BTN), axis=-1)
+  return jnp.where(sorted_BTN == last, -1, sorted_BTN)
 
 
 def _select(

@@ -174,8 +174,8 @@ def _report(config, mesh, compiled, seconds):
 def _group_size(instruction: str, devices: int) -> int:
   """Devices of a group of a collective, in each of the ways XLA prints them.
 
-  Nothing for all devices, `[groups,devices]`, or lists of devices, or the sizes of a mesh's axes and
-  then those along which a group lies.
+  Nothing for all devices, `[groups,devices]`, lists of devices, or the sizes of
+  a mesh's axes and then those along which a group lies.
   """
   if "replica_groups={}" in instruction:
     return devices

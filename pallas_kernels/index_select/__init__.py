@@ -29,8 +29,8 @@ class Selected(NamedTuple):
 
   Attributes:
     mask_BTW: uint32, key s is bit s % 32 of word s // 32; None if not wanted.
-    indices_BTN: int32 [B,T,top_k], padded at the end with -1, in any order;
-      None if not wanted.
+    indices_BTN: int32 [B,T,top_k], ascending, padded at the end with -1; None
+      if not wanted.
     lse_all_BT: float32 log-sum-exp of the scores of the allowed keys.
     lse_selected_BT: float32 log-sum-exp of the scores of the selected keys.
     invalid_BT: bool, a NaN among the allowed scores. Such a row selects

@@ -80,7 +80,10 @@ def _best(score_BTP, slots_BT, top_k):
   value_BTN, indices_BTN = lax.top_k(masked_BTP, size)
   listed_BTN = indices_BTN <= slots_BT[..., None]
   listed_BTN &= ~invalid_BT[..., None]
-  indices_BTN = jnp.where(listed_BTN, indices_BTN.astype(jnp.int32), -1)
+  last = jnp.iinfo(jnp.int32).max
+  indices_BTN = jnp.where(listed_BTN, indices_BTN.astype(jnp.int32), last)
+  indices_BTN = jnp.sort(indices_BTN, axis=-1)
+  indices_BTN = jnp.where(indices_BTN == last, -1, indices_BTN)
   padding = [(0, 0), (0, 0), (0, top_k - size)]
   return (
     jnp.pad(indices_BTN, padding, constant_values=-1),

@@ -142,6 +142,7 @@ def indexer_kl_gathered(
   indices_BTN,
   *,
   scale,
+  indices_are_sorted=False,
   implementation=None,
 ):
   """Returns the KL of each query over listed keys, float32 [B,T] in nats.
@@ -159,6 +160,8 @@ def indexer_kl_gathered(
     lse_BTH: float32 log-sum-exp of each head's scaled scores over the set.
     indices_BTN: int32 key indices without repeats; -1 is no key.
     scale: factor of the main attention's scores.
+    indices_are_sorted: a promise that each list ascends and has its -1 at the
+      end, which saves a TPU the sorting of them.
     implementation: "ref", "xla", "tpu", "tpu_interpret" (the TPU kernels in
       an interpreter that looks for races), or None, which is "xla". The TPU's
       take rope and index widths of at most 128.
@@ -180,7 +183,7 @@ def indexer_kl_gathered(
     lse_BTH,
     indices_BTN,
   )
-  evaluate = _GATHERED[implementations.choose(_GATHERED, implementation)]
+  evaluate = _gathered(implementation, indices_are_sorted)
   return _per_query(evaluate, float(scale), *arrays)
 
 
@@ -197,6 +200,7 @@ def indexer_kl_gathered_loss(
   token_weight_BT,
   *,
   scale,
+  indices_are_sorted=False,
   implementation=None,
 ):
   """Returns (sum_t token_weight[t] kl[t], kl_BT) over listed keys.
@@ -215,7 +219,7 @@ def indexer_kl_gathered_loss(
     indices_BTN,
   )
   checks.token_weight(token_weight_BT, indices_BTN.shape[:2])
-  evaluate = _GATHERED[implementations.choose(_GATHERED, implementation)]
+  evaluate = _gathered(implementation, indices_are_sorted)
   return _loss(evaluate, scale, arrays, token_weight_BT)
 
 
@@ -237,6 +241,15 @@ def _evaluate_reference(reference, scale, trained, constants, weight_BT):
     lambda *x: reference(*x, *constants, scale=scale), *trained
   )
   return kl_BT, None if weight_BT is None else pull_back(weight_BT)
+
+
+@functools.cache
+def _gathered(implementation, is_sorted):
+  """Returns the implementation; those of TPUs care about the order of lists."""
+  name = implementations.choose(_GATHERED, implementation)
+  if not name.startswith("tpu"):
+    return _GATHERED[name]
+  return functools.partial(_GATHERED[name], is_sorted=is_sorted)
 
 
 _MASKED = {

@@ -45,6 +45,7 @@ class _How(NamedTuple):
   count: int
   size: int
   pairs: bool
+  is_sorted: bool = False
 
 
 class _Chunk(NamedTuple):
@@ -59,12 +60,20 @@ class _Chunk(NamedTuple):
 
 
 def evaluate(
-  scale, trained, constants, weight_BT, *, interpret=False, chip=None
+  scale,
+  trained,
+  constants,
+  weight_BT,
+  *,
+  is_sorted=False,
+  interpret=False,
+  chip=None,
 ):
   """Returns (kl_BT, gradients of sum(weight kl) by `trained`, or None).
 
   Args:
     scale, trained, constants, weight_BT: as for `gathered.evaluate`.
+    is_sorted: whether lists ascend and end in their -1.
     interpret: False, or parameters of the TPU interpreter.
     chip: which generation to run on; None asks the default device.
   """
@@ -74,6 +83,7 @@ def evaluate(
     if width > rows.LANES:
       raise ValueError(f"{width=} must be at most {rows.LANES} on a TPU")
   how = _choose(interpret, scale, chip or rows.this_chip(), trained, constants)
+  how = how._replace(is_sorted=is_sorted)
   keys = (latent_BSC, rope_BSR, key_BSK)
   tables_BGXL = _tables(how, keys)
   num_queries = indices_BTN.shape[1]
@@ -203,7 +213,9 @@ def _cut(how, indices_TN):
   queries = indices_TN.shape[0]
   words = how.layout.words
   if how.count > 1:
-    cut = segments.cut_lists(indices_TN, how.count, how.size, words, _LIST_KEYS)
+    cut = segments.cut_lists(
+      indices_TN, how.count, how.size, words, _LIST_KEYS, how.is_sorted
+    )
     meta = cut.plan.meta.reshape(cut.plan.num_steps, -1)
     return cut, meta[:, 2:].reshape(-1)
   plan = plans.plan_queries(indices_TN[None], how.size, words)

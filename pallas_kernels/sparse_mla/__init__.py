@@ -42,6 +42,7 @@ def sparse_mla(
   indices_BTN,
   *,
   scale: float,
+  indices_are_sorted: bool = False,
   implementation: str | None = None,
 ):
   """Attends to the listed keys; scores, softmax and sums are float32.
@@ -57,6 +58,8 @@ def sparse_mla(
     indices_BTN: int32 selected keys in [0, S); -1 contributes nothing. A key
       that is listed twice counts twice.
     scale: factor of the scores.
+    indices_are_sorted: a promise that each list ascends and has its -1 at the
+      end, which saves a TPU the sorting of them.
     implementation: "ref", the definition; "xla", plain XLA; "gpu", Hopper
       kernels, bfloat16 only; "tpu", kernels for a TPU core, bfloat16
       only; "tpu_interpret", the same kernels interpreted on any device, slowly,
@@ -72,7 +75,7 @@ def sparse_mla(
   name = implementations.choose(_FORWARD, implementation)
   arrays = (query_latent_BTHC, query_rope_BTHR, latent_BSC, key_rope_BSR)
   _check(*arrays, indices_BTN)
-  return _attend(name, float(scale), *arrays, indices_BTN)
+  return _attend(name, float(scale), indices_are_sorted, *arrays, indices_BTN)
 
 
 def _check(
@@ -108,20 +111,32 @@ def _check(
       raise ValueError(f"{array.dtype=} must be floating")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(name, scale, *arrays):
-  return _FORWARD[name](*arrays, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(name, scale, is_sorted, *arrays):
+  return _FORWARD[name](*arrays, scale, **_hints(name, is_sorted))
 
 
-def _attend_forward(name, scale, *arrays):
-  out_BTHC, lse_BTH = _FORWARD[name](*arrays, scale)
+def _attend_forward(name, scale, is_sorted, *arrays):
+  out_BTHC, lse_BTH = _attend(name, scale, is_sorted, *arrays)
   return (out_BTHC, lse_BTH), (arrays, out_BTHC, lse_BTH)
 
 
-def _attend_backward(name, scale, saved, cotangents):
+def _attend_backward(name, scale, is_sorted, saved, cotangents):
   arrays, out_BTHC, lse_BTH = saved
-  gradients = _BACKWARD[name](*arrays, scale, out_BTHC, lse_BTH, cotangents[0])
+  gradients = _BACKWARD[name](
+    *arrays,
+    scale,
+    out_BTHC,
+    lse_BTH,
+    cotangents[0],
+    **_hints(name, is_sorted),
+  )
   return (*gradients, None)
+
+
+def _hints(name, is_sorted):
+  """Keywords of the implementations that care about the order of lists."""
+  return {"is_sorted": is_sorted} if name.startswith("tpu") else {}
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

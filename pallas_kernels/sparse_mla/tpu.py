@@ -52,6 +52,7 @@ def forward(
   indices_BTN,
   scale,
   *,
+  is_sorted=False,
   interpret=False,
   chip=None,
 ):
@@ -60,6 +61,7 @@ def forward(
   Args:
     query_latent_BTHC, query_rope_BTHR, latent_BSC, key_rope_BSR, indices_BTN,
       scale: as in the front.
+    is_sorted: whether lists ascend and end in their -1.
     interpret: False, or parameters of the TPU interpreter.
     chip: which generation to run on; None asks the default device.
   """
@@ -72,6 +74,7 @@ def forward(
       interpret,
       scale,
       chip,
+      is_sorted,
       (query_latent_BTHC, query_rope_BTHR, indices_BTN),
       (latent_BSC, key_rope_BSR),
     )
@@ -94,7 +97,7 @@ def _check(query_latent_BTHC, query_rope_BTHR, latent_BSC, key_rope_BSR):
     raise ValueError(f"{rope=} must be below {rows.LANES} on a TPU")
 
 
-def _by_segments(interpret, scale, chip, query_arrays, key_arrays):
+def _by_segments(interpret, scale, chip, is_sorted, query_arrays, key_arrays):
   queries, heads, latent = query_arrays[0].shape[1:]
   words = rows.num_words(latent)
   count, size = segments.split(key_arrays[0].shape[1], chip.forward_keys)
@@ -109,7 +112,9 @@ def _by_segments(interpret, scale, chip, query_arrays, key_arrays):
 
     def chunk(inputs):
       query_THC, query_THR, indices_TN = inputs
-      cut = segments.cut_lists(indices_TN, count, size, words, _LIST_KEYS)
+      cut = segments.cut_lists(
+        indices_TN, count, size, words, _LIST_KEYS, is_sorted
+      )
       arranged = rows.arrange_queries(query_THC[None], query_THR[None], 16)
       # A block costs time to find and to wait for, so an item has but one.
       joined = [jnp.concatenate(arranged, axis=-1)]

@@ -32,6 +32,7 @@ def backward(
   lse_BTH,
   d_out_BTHC,
   *,
+  is_sorted=False,
   interpret=False,
   chip=None,
 ):
@@ -42,6 +43,7 @@ def backward(
       scale: as in the front.
     out_BTHC, lse_BTH: what forward returned.
     d_out_BTHC: cotangent of out.
+    is_sorted: whether lists ascend and end in their -1.
     interpret: False, or parameters of the TPU interpreter.
     chip: which generation to run on; None asks the default device.
   """
@@ -62,6 +64,7 @@ def backward(
       interpret,
       scale,
       chip,
+      is_sorted,
       (*query_arrays, indices_BTN),
       (latent_BSC, key_rope_BSR),
     )
@@ -86,7 +89,7 @@ def backward(
   )
 
 
-def _by_segments(interpret, scale, chip, query_arrays, key_arrays):
+def _by_segments(interpret, scale, chip, is_sorted, query_arrays, key_arrays):
   """Returns (d_query_BTHC, d_rope_BTHR, d_key_BSP), by chunks of queries."""
   queries, heads, latent = query_arrays[0].shape[1:]
   rope = query_arrays[1].shape[-1]
@@ -104,7 +107,9 @@ def _by_segments(interpret, scale, chip, query_arrays, key_arrays):
 
     def chunk(d_table_GXL, inputs):
       *arrays, indices_TN = inputs
-      cut = segments.cut_lists(indices_TN, count, size, words, _LIST_KEYS)
+      cut = segments.cut_lists(
+        indices_TN, count, size, words, _LIST_KEYS, is_sorted
+      )
       arranged, lines = rows.arrange_gradients(*(a[None] for a in arrays))
       # A block costs time to find and to wait for, so an item has but one.
       both_IHP, d_table_GXL = kernel.gradients(

@@ -67,7 +67,7 @@ def segment_tables(latent_BSC, key_rope_BSR, segments, size):
   return table.reshape(-1, segments, *table.shape[1:])
 
 
-def cut_lists(indices_TN, segments, size, words, most_keys):
+def cut_lists(indices_TN, segments, size, words, most_keys, is_sorted):
   """Cuts the lists of a chunk of queries into items of single segments.
 
   Args:
@@ -75,12 +75,15 @@ def cut_lists(indices_TN, segments, size, words, most_keys):
     segments, size: how many segments of how many keys there are.
     words: rows of a key in the table.
     most_keys: of a list that is gathered at once.
+    is_sorted: whether lists ascend and end in their -1.
   """
   queries, selected = indices_TN.shape
   item, items = list_shape(selected, segments, most_keys)
   end = segments * size
   indices_TN = indices_TN.astype(jnp.int32)
-  sorted_TN = jnp.sort(jnp.where(indices_TN < 0, end, indices_TN), axis=-1)
+  sorted_TN = jnp.where(indices_TN < 0, end, indices_TN)
+  if not is_sorted:
+    sorted_TN = jnp.sort(sorted_TN, axis=-1)
   bounds = size * jnp.arange(segments + 1, dtype=sorted_TN.dtype)
   # One segment's bound at a time: all of them at once would be large.
   edge_TE = lax.map(lambda b: jnp.sum(sorted_TN < b, axis=-1), bounds).T

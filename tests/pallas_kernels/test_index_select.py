@@ -88,6 +88,8 @@ def check(arrays, top_k, implementation, segments=None):
   np.testing.assert_array_equal(
     listed_BTN, np.arange(top_k) < count_BT[..., None]
   )
+  ascends_BTN = np.diff(got.indices_BTN, axis=-1) > 0
+  assert np.all(ascends_BTN | ~listed_BTN[..., 1:])
   invalid_BT = (np.isnan(score_BTS) & allowed_BTS).any(-1)
   np.testing.assert_array_equal(got.invalid_BT, invalid_BT)
   rtol, atol = TOLERANCE["float32"]

@@ -116,6 +116,23 @@ def test_segments_of_keys_equal_the_definition(monkeypatch):
     assert_close(one_got, one_want, "bfloat16")
 
 
+def test_lists_that_are_sorted_already_are_cut_alike():
+  indices = draw((1, 5, 115, 3, 40, 6, 60))[1][0]
+  last = np.iinfo(np.int32).max
+  ordered = np.sort(np.where(indices < 0, last, indices), axis=-1)
+  ordered = np.where(ordered == last, -1, ordered)
+  assert not np.array_equal(indices, ordered)
+  cut = [
+    tpu_segments.cut_lists(lists, 3, 40, 2, 512, is_sorted)
+    for lists, is_sorted in ((indices, False), (ordered, True))
+  ]
+  assert np.any(cut[0].used_TM)
+  for name in ("offsets", "meta"):
+    np.testing.assert_array_equal(*(getattr(c.plan, name) for c in cut))
+  np.testing.assert_array_equal(*(c.item_TM for c in cut))
+  np.testing.assert_array_equal(*(c.used_TM for c in cut))
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 def test_all_gathers_copy_the_listed_rows(pairs):
   words, keys, selected = 3, 9, 16
