@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv32_jax import sharding
 from dsv32_jax.model import attention
 from dsv32_jax.model import cache as cache_lib
 from dsv32_jax.model import transformer
@@ -117,7 +118,10 @@ class Decoder:
 
     Arrays that no device was named for would compile the same program again.
     """
-    return jax.device_put(tree, jax.tree.leaves(self._state)[0].sharding)
+    layout = jax.tree.leaves(self._state)[0].sharding
+    if isinstance(layout, jax.sharding.NamedSharding):
+      layout = sharding.replicated(layout.mesh)
+    return jax.device_put(tree, layout)
 
   def __call__(self, tokens_BT, cache: cache_lib.Cache):
     """Appends tokens; the cache given is used up.

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels.sparse_mla import tpu_rows as rows
@@ -64,7 +63,7 @@ def unpack(layout, raw_ref, start, size):
   """Returns gathered keys [N,P] (latent, rope) and their index keys [N,K]."""
   words = layout.words
   if layout.dtype == jnp.bfloat16:
-    halves = [_halves(raw_ref, words, start, size, n) for n in range(words)]
+    halves = [rows.halves(raw_ref, words, start, size, n) for n in range(words)]
     low, high = zip(*halves)
     return jnp.concatenate([*low[:-1], *high[:-1], low[-1]], axis=1), high[-1]
   columns = [
@@ -74,19 +73,6 @@ def unpack(layout, raw_ref, start, size):
     for n in range(words)
   ]
   return jnp.concatenate(columns[:-1], axis=1), columns[-1]
-
-
-def _halves(raw_ref, words, start, size, word):
-  """Returns the low and the high halves of one of the keys' words."""
-
-  def load(first):
-    places = pl.ds(words * start + first, size // 2, stride=2 * words)
-    return lax.bitcast_convert_type(raw_ref[places, :], jnp.uint32)
-
-  even, odd = load(word), load(words + word)
-  low = (even & 0xFFFF) | (odd << 16)
-  high = (even >> 16) | (odd & jnp.uint32(0xFFFF0000))
-  return tuple(pltpu.bitcast(half, jnp.bfloat16) for half in (low, high))
 
 
 def dot(left, right, dimensions):

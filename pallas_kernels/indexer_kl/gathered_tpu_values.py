@@ -114,47 +114,18 @@ def _kernel(
   raw_refs,
   semaphores,
 ):
-  step = pl.program_id(0)
-  words, selected = layout.words, list_refs[0].shape[1]
-
-  def fetch(place):
-    """Copies a list, `place` after the step's first."""
-    which = place % 2
-    return pltpu.make_async_copy(
-      offsets_ref.at[2 * step + place], list_refs[which], semaphores.at[which]
+  def attend(which, gather):
+    first = which * plan.items
+    own_refs = [refs[first : first + plan.items] for refs in query_refs]
+    _list(
+      *(plan, layout, scale, own_refs, raw_refs[which], gather),
+      *(first, out_ref, key_refs),
     )
 
-  @pl.when(plan.is_live(step, meta_ref))
-  def _():
-    @pl.when(plan.is_first(step, meta_ref))
-    def _():
-      fetch(0).start()
-      fetch(0).wait()
-      rows.gather_loop(
-        pairs, table_ref, list_refs[0], raw_refs[0], words, 0, selected
-      )
-      fetch(1).start()
-
-    for which in range(2):
-      fetch(which + 1).wait()
-      fetch(which + 2).start()
-      gather = functools.partial(
-        rows.gather_pairs if pairs else rows.gather,
-        table_ref,
-        list_refs[1 - which],
-        raw_refs[1 - which],
-        words,
-      )
-      first = which * plan.items
-      own_refs = [refs[first : first + plan.items] for refs in query_refs]
-      _list(
-        *(plan, layout, scale, own_refs, raw_refs[which], gather),
-        *(first, out_ref, key_refs),
-      )
-
-    @pl.when(plan.is_last(step, meta_ref))
-    def _():
-      fetch(3).wait()
+  rows.gather_ahead(
+    *(plan, pairs, layout.words, meta_ref, offsets_ref, table_ref),
+    *(list_refs, raw_refs, semaphores, attend),
+  )
 
 
 def _list(

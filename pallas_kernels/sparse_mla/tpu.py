@@ -195,59 +195,31 @@ def _kernel(
   raw_refs,
   semaphores,
 ):
-  step = pl.program_id(0)
   words = raw_refs[0].shape[0] // list_refs[0].shape[1]
 
-  def fetch(place):
-    """Copies a list, `place` after the step's first."""
-    which = place % 2
-    return pltpu.make_async_copy(
-      offsets_ref.at[2 * step + place], list_refs[which], semaphores.at[which]
-    )
+  def attend(which, gather):
+    first = which * plan.items
+    query_HPs = [
+      jnp.concatenate([refs[n][...] for refs in array_refs], axis=1)
+      for n in range(first, first + plan.items)
+    ]
+    chunk = plan.chunk(_CHUNK)
+    queries = pieces.Queries(scale, chunk, query_HPs, raw_refs[which], words)
+    share = chunk // 2
+    count = queries.num_pieces
+    for piece in range(count):
+      queries.multiply_keys(piece)
+      if piece >= count // 2:
+        queries.exponentiate(piece - count // 2)
+      gather(piece * share, share)
+    for piece in range(count):
+      queries.multiply_latents(piece)
+      if piece < count // 2:
+        queries.exponentiate(piece + count // 2)
+      gather((count + piece) * share, share)
+    queries.write(out_ref, lse_ref, first)
 
-  @pl.when(plan.is_live(step, meta_ref))
-  def _():
-    @pl.when(plan.is_first(step, meta_ref))
-    def _():
-      fetch(0).start()
-      fetch(0).wait()
-      selected = list_refs[0].shape[1]
-      rows.gather_loop(
-        pairs, table_ref, list_refs[0], raw_refs[0], words, 0, selected
-      )
-      fetch(1).start()
-
-    for which in range(2):
-      fetch(which + 1).wait()
-      fetch(which + 2).start()
-      gather = functools.partial(
-        rows.gather_pairs if pairs else rows.gather,
-        table_ref,
-        list_refs[1 - which],
-        raw_refs[1 - which],
-        words,
-      )
-      first = which * plan.items
-      query_HPs = [
-        jnp.concatenate([refs[n][...] for refs in array_refs], axis=1)
-        for n in range(first, first + plan.items)
-      ]
-      chunk = plan.chunk(_CHUNK)
-      queries = pieces.Queries(scale, chunk, query_HPs, raw_refs[which], words)
-      share = chunk // 2
-      count = queries.num_pieces
-      for piece in range(count):
-        queries.multiply_keys(piece)
-        if piece >= count // 2:
-          queries.exponentiate(piece - count // 2)
-        gather(piece * share, share)
-      for piece in range(count):
-        queries.multiply_latents(piece)
-        if piece < count // 2:
-          queries.exponentiate(piece + count // 2)
-        gather((count + piece) * share, share)
-      queries.write(out_ref, lse_ref, first)
-
-    @pl.when(plan.is_last(step, meta_ref))
-    def _():
-      fetch(3).wait()
+  rows.gather_ahead(
+    *(plan, pairs, words, meta_ref, offsets_ref, table_ref),
+    *(list_refs, raw_refs, semaphores, attend),
+  )

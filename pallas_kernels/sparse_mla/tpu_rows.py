@@ -17,6 +17,7 @@ halves of two words joined are a pair of bfloat16 rows.
 # width, P their padded sum, X rows of a table (W a key), L lanes (128)
 
 import dataclasses
+import functools
 
 from jax import lax
 from jax.experimental import pallas as pl
@@ -194,20 +195,20 @@ def gather_loop(pairs, table_ref, list_ref, raw_ref, words, start, size):
 
 def unpack(raw_ref, words, start, size):
   """Returns gathered keys as bfloat16 [size, P]: latent, rope, marker."""
-  latents = [_halves(raw_ref, words, start, size, n) for n in range(words - 1)]
+  latents = [halves(raw_ref, words, start, size, n) for n in range(words - 1)]
   low, high = zip(*latents)
-  rope, _ = _halves(raw_ref, words, start, size, words - 1)
+  rope, _ = halves(raw_ref, words, start, size, words - 1)
   return jnp.concatenate([*low, *high, rope], axis=1)
 
 
 def unpack_latent(raw_ref, words, start, size):
   """Returns the latents of gathered keys, bfloat16 [size, C]."""
-  latents = [_halves(raw_ref, words, start, size, n) for n in range(words - 1)]
+  latents = [halves(raw_ref, words, start, size, n) for n in range(words - 1)]
   low, high = zip(*latents)
   return jnp.concatenate([*low, *high], axis=1)
 
 
-def _halves(raw_ref, words, start, size, word):
+def halves(raw_ref, words, start, size, word):
   """Returns the low and the high halves of one of the keys' words."""
 
   def load(first):
@@ -218,6 +219,67 @@ def _halves(raw_ref, words, start, size, word):
   low = (even & 0xFFFF) | (odd << 16)
   high = (even >> 16) | (odd & jnp.uint32(0xFFFF0000))
   return tuple(pltpu.bitcast(half, jnp.bfloat16) for half in (low, high))
+
+
+def gather_ahead(
+  plan,
+  pairs,
+  words,
+  meta_ref,
+  offsets_ref,
+  table_ref,
+  list_refs,
+  raw_refs,
+  semaphores,
+  attend,
+):
+  """Runs a step of two lists, each gathered while the one before is used.
+
+  Args:
+    plan: `tpu_plan.Plan`.
+    pairs: whether keys are gathered in pairs.
+    words: rows of a key in the table.
+    meta_ref, offsets_ref, table_ref: what the plan says, the lists, the keys.
+    list_refs, raw_refs, semaphores: two each, for lists and gathered rows.
+    attend: function of (which of the two lists, a function that gathers a part
+      of the next).
+  """
+  step = pl.program_id(0)
+
+  def fetch(place):
+    """Copies a list, `place` after the step's first."""
+    which = place % 2
+    return pltpu.make_async_copy(
+      offsets_ref.at[2 * step + place], list_refs[which], semaphores.at[which]
+    )
+
+  @pl.when(plan.is_live(step, meta_ref))
+  def _():
+    @pl.when(plan.is_first(step, meta_ref))
+    def _():
+      fetch(0).start()
+      fetch(0).wait()
+      selected = list_refs[0].shape[1]
+      gather_loop(
+        pairs, table_ref, list_refs[0], raw_refs[0], words, 0, selected
+      )
+      fetch(1).start()
+
+    for which in range(2):
+      fetch(which + 1).wait()
+      fetch(which + 2).start()
+      ahead = functools.partial(
+        gather_pairs if pairs else gather,
+        table_ref,
+        list_refs[1 - which],
+        raw_refs[1 - which],
+        words,
+      )
+      attend(which, ahead)
+
+    @pl.when(plan.is_last(step, meta_ref))
+    def _():
+      fetch(3).wait()
 
 
 def clear(ref):

@@ -25,6 +25,13 @@ def compile_for(*arguments, **environment):
   )
 
 
+def assert_one_line(finished, told):
+  assert finished.returncode == 1
+  assert finished.stderr.startswith("error: ")
+  assert len(finished.stderr.splitlines()) == 1
+  assert told in finished.stderr
+
+
 def test_reports_a_step_on_forced_cpu_devices(tmp_path):
   output = tmp_path / "report.json"
   finished = compile_for(
@@ -129,10 +136,7 @@ def test_a_wrong_topology_is_one_line(topology, told):
     "--config=configs/tiny.py:pretrain",
     "--config.mesh.data=2",
   )
-  assert finished.returncode == 1
-  assert finished.stderr.startswith("error: ")
-  assert len(finished.stderr.splitlines()) == 1
-  assert told in finished.stderr
+  assert_one_line(finished, told)
 
 
 @pytest.mark.parametrize(
@@ -153,10 +157,7 @@ def test_what_cannot_end_well_is_refused_at_once(tmp_path, arguments, told):
     "--config=configs/tiny.py:pretrain",
     *(part.format(file=file, folder=tmp_path) for part in arguments),
   )
-  assert finished.returncode == 1
-  assert finished.stderr.startswith("error: ")
-  assert len(finished.stderr.splitlines()) == 1
-  assert told in finished.stderr
+  assert_one_line(finished, told)
   assert "compiling for" not in finished.stdout
   assert [path.name for path in tmp_path.iterdir()] == ["file"]
   assert file.read_text() == "kept"
