@@ -34,7 +34,7 @@ def pack(mask_BTS):
 
 def unpack(mask_BTW, num_keys):
   """Unpacks uint32 [B,T,W] into bool [B,T,num_keys]; W = ceil(num_keys/32)."""
-  _check_words(mask_BTW, num_keys)
+  check_words(mask_BTW, num_keys)
   bits_J = jnp.arange(BITS, dtype=jnp.uint32)
   mask_BTWJ = (mask_BTW[..., None] >> bits_J) & jnp.uint32(1)
   flat = mask_BTWJ.reshape(*mask_BTW.shape[:-1], -1)
@@ -66,7 +66,7 @@ def to_indices(mask_BTW, num_selected, num_keys):
   left out. A search in the running count of bits finds the word of the n-th set
   bit, and five halvings of that word find the bit.
   """
-  _check_words(mask_BTW, num_keys)
+  check_words(mask_BTW, num_keys)
   count_BTW = jax.lax.population_count(mask_BTW).astype(jnp.int32)
   before_BTW = jnp.cumsum(count_BTW, axis=-1) - count_BTW
   total_BT1 = before_BTW[..., -1:] + count_BTW[..., -1:]
@@ -126,7 +126,8 @@ def nth_set_bit(bits, rank):
   return position
 
 
-def _check_words(mask_BTW, num_keys):
+def check_words(mask_BTW, num_keys):
+  """Raises ValueError unless uint32 [...,W] holds a bit for each key."""
   if mask_BTW.dtype != jnp.uint32:
     raise ValueError(f"{mask_BTW.dtype=} must be uint32")
   words = num_words(num_keys)

@@ -184,6 +184,8 @@ def _masked(
 
 
 KERNELS = ("xla", "gpu", "tpu", "tpu_interpret")
+# Logical axes of what has one row a query.
+ROWS = ("batch", "queries", None)
 FORMS = {"expanded": expanded, "absorbed": absorbed, "gathered": gathered}
 
 
@@ -236,13 +238,34 @@ def select(options, form, index, index_key_BSK, sight, *, layer, replay):
     options, sight.slots_BT.shape[1], index.query_BTIK.dtype
   )
   if replay is not None:
-    return selection_lib.from_replay(
-      replay,
-      num_keys=index_key_BSK.shape[1],
-      want_indices=options.select.k if want_indices else None,
-    )
-  if options.select == selection_lib.DENSE:
+    wanted = options.select.k if want_indices else None
+
+    def convert(replay):
+      return (
+        selection_lib.from_replay(
+          replay,
+          num_keys=index_key_BSK.shape[1],
+          want_indices=wanted,
+          kernels=kernels,
+        ),
+      )
+
+    (keys,) = sharding.shard_call(convert, (replay,), (ROWS,), (ROWS,))
+    invalid_BT = None
+  elif options.select == selection_lib.DENSE:
     return None
+  else:
+    keys, invalid_BT = _choose(
+      options, want_indices, kernels, index, index_key_BSK, sight, layer
+    )
+  keys = ad_checkpoint.checkpoint_name(keys, "selection")
+  if want_indices:
+    return selection_lib.Selection(None, keys, invalid_BT)
+  return selection_lib.Selection(keys, None, invalid_BT)
+
+
+def _choose(options, want_indices, kernels, index, index_key_BSK, sight, layer):
+  """Runs the selector: keys, words or indices, and invalid_BT."""
 
   def choose(query, weight, slots, query_segments, key, key_segments, layer):
     chosen = options.select(
@@ -256,7 +279,7 @@ def select(options, form, index, index_key_BSK, sight, *, layer, replay):
     keys = chosen.indices_BTN if want_indices else chosen.mask_BTW
     return keys, chosen.invalid_BT
 
-  keys, invalid_BT = sharding.shard_call(
+  return sharding.shard_call(
     choose,
     (
       index.query_BTIK,
@@ -269,19 +292,15 @@ def select(options, form, index, index_key_BSK, sight, *, layer, replay):
     ),
     (
       ("batch", "queries", None, None),
-      ("batch", "queries", None),
+      ROWS,
       ("batch", "queries"),
       ("batch", "queries"),
       ("batch", None, None),
       ("batch", None),
       (),
     ),
-    (("batch", "queries", None), ("batch", "queries")),
+    (ROWS, ("batch", "queries")),
   )
-  keys = ad_checkpoint.checkpoint_name(keys, "selection")
-  if want_indices:
-    return selection_lib.Selection(None, keys, invalid_BT)
-  return selection_lib.Selection(keys, None, invalid_BT)
 
 
 def attend(options, form, projected, chosen, sight, index, index_key, *, scale):

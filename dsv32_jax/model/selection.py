@@ -179,23 +179,28 @@ def window_mask(slots_BT, window: int, num_keys: int):
   return bits_below(slots_BT + 1) & ~bits_below(first_BT)
 
 
-def from_replay(replayed, *, num_keys: int, want_indices: int | None):
-  """Makes a Selection of recorded words (uint32) or indices (int32).
+def from_replay(
+  replayed, *, num_keys: int, want_indices: int | None, kernels=None
+):
+  """Turns recorded words (uint32) or indices (int32) into what is wanted.
 
   Args:
     replayed: [B,T,W] words or [B,T,N] indices.
     num_keys: keys S.
     want_indices: the most keys a row has, where indices are wanted; else None.
+    kernels: implementation that lists the keys of words.
+
+  Returns:
+    mask_BTW, or ascending indices_BTN where they are wanted.
   """
   is_mask = replayed.dtype == jnp.uint32
   if want_indices is None:
-    mask = replayed if is_mask else bitmask.from_indices(replayed, num_keys)
-    return Selection(mask, None, None)
+    return replayed if is_mask else bitmask.from_indices(replayed, num_keys)
   if is_mask:
-    replayed = bitmask.to_indices(replayed, want_indices, num_keys)
-  else:
-    replayed = _ascending(replayed)
-  return Selection(None, replayed, None)
+    return index_select.list_selected(
+      replayed, want_indices, num_keys, implementation=kernels
+    )
+  return _ascending(replayed)
 
 
 def _ascending(indices_BTN):

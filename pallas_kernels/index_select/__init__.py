@@ -13,15 +13,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import bitmask
 from pallas_kernels import implementations
 from pallas_kernels import visibility
 from pallas_kernels.index_select import gpu
 from pallas_kernels.index_select import ref
 from pallas_kernels.index_select import tpu
+from pallas_kernels.index_select import tpu_indices
 from pallas_kernels.index_select import xla
 from pallas_kernels.index_select.ref import index_scores
 
-__all__ = ["Selected", "index_scores", "index_select"]
+__all__ = ["Selected", "index_scores", "index_select", "list_selected"]
 
 
 class Selected(NamedTuple):
@@ -109,6 +111,35 @@ def index_select(
       *arrays, top_k=top_k, want_mask=want_mask, want_indices=want_indices
     )
   )
+
+
+def list_selected(mask_BTW, num_selected, num_keys, *, implementation=None):
+  """Turns a packed selection into a list of its keys.
+
+  Args:
+    mask_BTW: uint32 [B,T,ceil(num_keys/32)].
+    num_selected: length of a list; keys beyond it are left out.
+    num_keys: keys S.
+    implementation: "tpu", a kernel without a gather; "tpu_interpret", that one
+      interpreted; "xla" or None; "ref" and "gpu" are the same as "xla".
+
+  Returns:
+    int32 [B,T,num_selected], ascending, padded at the end with -1.
+
+  Raises:
+    ValueError: shapes that do not fit, or an unknown implementation.
+  """
+  bitmask.check_words(mask_BTW, num_keys)
+  name = implementations.choose(
+    ("ref", "xla", "gpu", "tpu", "tpu_interpret"), implementation
+  )
+  to_indices = {
+    "tpu": tpu_indices.to_indices,
+    "tpu_interpret": implementations.interpreted(tpu_indices.to_indices),
+  }
+  if name in to_indices:
+    return to_indices[name](mask_BTW, num_selected)
+  return bitmask.to_indices(mask_BTW, num_selected, num_keys)
 
 
 def _check(query_BTIK, key_BSK, weight_BTI, slots_BT, key_scale_BS, top_k):

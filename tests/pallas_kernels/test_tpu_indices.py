@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import bitmask
-from pallas_kernels import implementations
-from pallas_kernels.index_select import tpu_indices
+from pallas_kernels import index_select
 
 
 @pytest.mark.parametrize(
@@ -28,8 +27,8 @@ def test_lists_the_first_set_bits(num_keys, density, num_selected):
   # The top bit of a word, and the last key.
   mask_BTS[0, 1, 31::32] = mask_BTS[1, 0, -1] = True
   got_BTN = jax.jit(
-    lambda mask_BTW: tpu_indices.to_indices(
-      mask_BTW, num_selected, interpret=implementations.INTERPRET
+    lambda mask_BTW: index_select.list_selected(
+      mask_BTW, num_selected, num_keys, implementation="tpu_interpret"
     )
   )(bitmask.pack(mask_BTS))
   want_BTN = np.full((2, 5, num_selected), -1)
@@ -37,3 +36,11 @@ def test_lists_the_first_set_bits(num_keys, density, num_selected):
     found = np.flatnonzero(mask_BTS[b, t])[:num_selected]
     want_BTN[b, t, : len(found)] = found
   np.testing.assert_array_equal(got_BTN, want_BTN)
+
+
+def test_bad_lists_are_refused():
+  mask_BTW = bitmask.pack(np.ones((1, 2, 40), bool))
+  with pytest.raises(ValueError, match="num_keys=129"):
+    index_select.list_selected(mask_BTW, 3, 129)
+  with pytest.raises(ValueError, match="implementation='cuda'"):
+    index_select.list_selected(mask_BTW, 3, 40, implementation="cuda")
