@@ -22,9 +22,10 @@ HIDDEN = -1e30
 FLOOR = -5e29
 # Most columns of a copy, and of one product.
 MAX_COLUMNS = 256
-# Older versions of JAX want an index of a load, newer ones warn of it.
-_IDX = inspect.signature(plgpu.load).parameters["idx"]
-_INDEX = ((),) if _IDX.default is inspect.Parameter.empty else ()
+# JAX 0.10 wants an index of a load, 0.11 warns of it, 0.12 has none.
+_IDX = inspect.signature(plgpu.load).parameters.get("idx")
+_WANTED = _IDX is not None and _IDX.default is inspect.Parameter.empty
+_INDEX = ((),) if _WANTED else ()
 
 
 def parameters():
