@@ -1,0 +1,1 @@
+"""Reinforcement learning: objective, replay batches and learner."""
