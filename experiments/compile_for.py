@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from dsv32_jax import config_files
 from dsv32_jax.training import ahead
+from dsv32_jax.training import estimate
 from dsv32_jax.training import run
 from experiments import common
 from pallas_kernels import target
@@ -85,6 +86,9 @@ def main(argv):
     }
   else:
     report |= dataclasses.asdict(found)
+    if generation != "cpu":
+      name = generation.removeprefix("tpu")
+      report |= estimate.estimate(found, name)._asdict()
     report["fits"] = (
       hbm is None or found.peak_bytes_per_device <= ahead.USABLE * hbm
     )

@@ -11,20 +11,14 @@ import jax.numpy as jnp
 from dsv32_jax import sharding
 from dsv32_jax.data import batch as batch_lib
 from dsv32_jax.training import flops
+from dsv32_jax.training import hlo
+from dsv32_jax.training import jaxpr_flops
 from dsv32_jax.training import optimizer as optimizer_lib
 from dsv32_jax.training import run
 from dsv32_jax.training import step as step_lib
 
 # A tenth of a device's memory is left for what the compiler does not count.
 USABLE = 0.9
-_COLLECTIVES = (
-  "all-gather",
-  "all-reduce",
-  "all-to-all",
-  "collective-permute",
-  "ragged-all-to-all",
-  "reduce-scatter",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +35,14 @@ class Report:
     global_batch: sequences of a step.
     sequence_length: tokens of a sequence.
     compile_seconds: of tracing, lowering and compiling.
+    program_flops_per_step: of the matrix products that the program runs,
+      recomputation and padding included; see `jaxpr_flops`.
     sorts: sort instructions in the compiled program.
-    collectives: instructions by kind, loops counted once.
+    collectives: instructions by kind, in the program's text.
+    collective_bytes_per_device: what they leave in a device's memory in a step,
+      by kind, loops multiplied out.
+    open_loops: loops around a collective that turn as often as the data need,
+      counted once: the rounds of the expert exchange.
     most_gathered: devices that the widest all-gather joins; where those are
       all of them, an array is held whole everywhere.
   """
@@ -56,8 +56,11 @@ class Report:
   global_batch: int
   sequence_length: int
   compile_seconds: float
+  program_flops_per_step: float
   sorts: int
   collectives: dict[str, int]
+  collective_bytes_per_device: dict[str, int]
+  open_loops: int
   most_gathered: int
 
 
@@ -101,10 +104,12 @@ def compile_step(config: run.TrainConfig, devices) -> tuple[Report, object]:
       remat=run.REMAT[config.remat],
     )
     try:
-      compiled = step.lower(state, abstract_batch(config, mesh)).compile()
+      traced = step.trace(state, abstract_batch(config, mesh))
+      compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
       raise _explained(error) from error
-  return _report(config, mesh, compiled, time.perf_counter() - started)
+  seconds = time.perf_counter() - started
+  return _report(config, mesh, traced, compiled, seconds), compiled
 
 
 def abstract_batch(config: run.TrainConfig, mesh) -> batch_lib.Batch:
@@ -148,50 +153,25 @@ def counts(config: run.TrainConfig) -> dict:
   }
 
 
-def _report(config, mesh, compiled, seconds):
+def _report(config, mesh, traced, compiled, seconds) -> Report:
   memory = compiled.memory_analysis()
   text = compiled.as_text()
   devices = math.prod(mesh.shape.values())
-  gathers = re.findall(r" all-gather(?:-start)?\(.*", text)
-  report = Report(
+  traffic = hlo.traffic(text)
+  return Report(
     devices=devices,
     argument_bytes_per_device=memory.argument_size_in_bytes,
     temporary_bytes_per_device=memory.temp_size_in_bytes,
     peak_bytes_per_device=memory.peak_memory_in_bytes,
     **counts(config),
     compile_seconds=round(seconds, 1),
-    sorts=len(re.findall(r" sort\(", text)),
-    collectives={
-      kind: count
-      for kind in _COLLECTIVES
-      if (count := len(re.findall(rf" {kind}(?:-start)?\(", text)))
-    },
-    most_gathered=max((_group_size(x, devices) for x in gathers), default=1),
+    program_flops_per_step=jaxpr_flops.count(traced.jaxpr),
+    sorts=hlo.sorts(text),
+    collectives=traffic.instructions,
+    collective_bytes_per_device=traffic.bytes,
+    open_loops=traffic.open_loops,
+    most_gathered=hlo.most_gathered(text, devices),
   )
-  return report, compiled
-
-
-def _group_size(instruction: str, devices: int) -> int:
-  """Devices of a group of a collective, in each of the ways XLA prints them.
-
-  Nothing for all devices, `[groups,devices]`, lists of devices, or the sizes of
-  a mesh's axes and then those along which a group lies.
-  """
-  if "replica_groups={}" in instruction:
-    return devices
-  found = re.search(r"replica_groups=\[\d+,(\d+)\]", instruction)
-  if found is not None:
-    return int(found[1])
-  found = re.search(r"replica_groups=\{\{([\d,]*)\}", instruction)
-  if found is not None:
-    return found[1].count(",") + 1
-  found = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", instruction)
-  if found is None:
-    raise ValueError(f"no replica groups in {instruction}")
-  sizes = dict(re.findall(r"('\w+')=(\d+)", found[1]))
-  # Of an axis that is only used in part: name:(what is before)size.
-  axes = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", found[2])
-  return math.prod(int(part or sizes[name]) for name, part in axes)
 
 
 def _explained(error):

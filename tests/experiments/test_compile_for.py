@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from dsv32_jax.model import presets
-from dsv32_jax.training import ahead
 from dsv32_jax.training import flops
 from dsv32_jax.training import stages
 
@@ -90,24 +89,6 @@ def test_a_sparse_step_copies_no_array_everywhere(tmp_path):
   _, told = sparse_step(tmp_path / "report.json", fsdp=2, context=4)
   # What the partitioner says where it knows no better.
   assert "full rematerialization" not in told
-
-
-@pytest.mark.parametrize(
-  "groups,size",
-  [
-    ("[4,2]<=[8]", 2),
-    ("{{0,1,2,3},{4,5,6,7}}", 4),
-    ("{{0}}", 1),
-    ("{}", 8),
-    ("mesh['a'=2,'b'=4,'c'=1] {'b'}", 4),
-    ("mesh['a'=2,'b'=4] {'a','b'}", 8),
-    ("mesh['a'=8] {'a':(2)4}", 4),
-    ("mesh['a'=4,'b'=2], device_ids=([2,2,2]T(0,2,1)) {'a'}", 4),
-  ],
-)
-def test_groups_of_a_collective_are_counted(groups, size):
-  line = f" all-gather(x), replica_groups={groups}, dimensions={{0}}"
-  assert ahead._group_size(line, 8) == size
 
 
 def test_sequences_that_do_not_divide_are_named():

@@ -1,0 +1,201 @@
+"""Counts read from programs, against programs whose counts are known."""
+
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv32_jax.training import ahead
+from dsv32_jax.training import estimate
+from dsv32_jax.training import hlo
+from dsv32_jax.training import jaxpr_flops
+from pallas_kernels import sparse_mla
+
+P = jax.P
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return jax.make_mesh(
+    (2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
+
+
+def compiled(function, mesh, x, **specs):
+  return jax.jit(jax.shard_map(function, mesh=mesh, **specs)).lower(x).compile()
+
+
+def test_a_loop_counts_as_often_as_it_turns(mesh):
+  def seven(x):
+    turn = lambda i, x: lax.psum(x, "a") / 2 + lax.psum(x * i, "b")
+    x = lax.fori_loop(0, 7, turn, x)
+    return lax.all_gather(x, "b", tiled=True)
+
+  x = jnp.ones((8, 3))
+  specs = dict(in_specs=P(), out_specs=P(("a", "b")), check_vma=False)
+  text = compiled(seven, mesh, x, **specs).as_text()
+  found = hlo.traffic(text)
+  rows = 8 * 3 * 4
+  assert found.bytes == {"all-gather": 4 * rows, "all-reduce": 7 * 2 * rows}
+  assert found.open_loops == 0
+  assert hlo.most_gathered(text, 8) == 4
+
+
+def test_a_loop_of_unknown_length_counts_once(mesh):
+  def until_large(x):
+    turn = lambda x: lax.psum(x, "b") * 2
+    return lax.while_loop(lambda x: jnp.max(x) < 1e3, turn, x)
+
+  specs = dict(in_specs=P(), out_specs=P(), check_vma=False)
+  text = compiled(until_large, mesh, jnp.ones((4,)), **specs).as_text()
+  found = hlo.traffic(text)
+  assert found.bytes == {"all-reduce": 16}
+  assert found.open_loops == 1
+
+
+PROGRAM = """HloModule step
+
+%cond (p: (s32[], bf16[4,8])) -> pred[] {
+  %p = (s32[], bf16[4,8]) parameter(0)
+  %n = s32[] constant(5)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%inner (q: bf16[4,8]) -> bf16[8,8] {
+  ROOT %g = bf16[8,8]{1,0:T(8,128)(2,1)} all-gather(%q), dimensions={0}
+}
+
+%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %s = (bf16[4,8], bf16[4,8], u32[], u32[]) collective-permute-start(%x)
+  %c = bf16[8,8] call(%y), to_apply=%inner
+  ROOT %t = (s32[], bf16[4,8]) tuple(%i, %z)
+}
+
+%few (q: f32[2]) -> f32[2] {
+  ROOT %r = f32[2] all-reduce(%q), replica_groups={}, to_apply=%sum
+}
+
+%many (q: f32[2]) -> f32[2] {
+  %a = (f8e4m3fn[16], pred[3]) all-to-all(%q), replica_groups={}
+  ROOT %r = f32[2] copy(%q)
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
+  %w = (s32[], bf16[4,8]) while(%t), condition=%cond, body=%body
+  %if = f32[2] conditional(%k, %q, %q), branch_computations={%few, %many}
+  ROOT %out = bf16[4,8] get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_constants_calls_and_branches_are_followed():
+  found = hlo.traffic(PROGRAM)
+  assert found.bytes == {
+    "all-gather": 5 * 128,
+    "all-to-all": 19,
+    "collective-permute": 5 * 64,
+  }
+  assert found.instructions["all-reduce"] == 1
+  with pytest.raises(ValueError, match="0 entries"):
+    hlo.traffic("HloModule empty")
+
+
+@pytest.mark.parametrize(
+  "groups,size",
+  [
+    ("[4,2]<=[8]", 2),
+    ("{{0,1,2,3},{4,5,6,7}}", 4),
+    ("{{0}}", 1),
+    ("{}", 8),
+    ("mesh['a'=2,'b'=4,'c'=1] {'b'}", 4),
+    ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+    ("mesh['a'=8] {'a':(2)4}", 4),
+    ("mesh['a'=4,'b'=2], device_ids=([2,2,2]T(0,2,1)) {'a'}", 4),
+  ],
+)
+def test_groups_of_a_collective_are_counted(groups, size):
+  line = f" all-gather(x), replica_groups={groups}, dimensions={{0}}"
+  assert hlo.group_size(line, 8) == size
+
+
+def flops(function, *args):
+  return jaxpr_flops.count(jax.jit(function).trace(*args).jaxpr)
+
+
+def test_recomputed_products_count():
+  def three(x, w, wrap):
+    turn = wrap(lambda x, _: (jnp.tanh(x @ w), None))
+    return lax.scan(turn, x, length=3)[0].sum()
+
+  x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+  one = 2 * 4 * 8 * 8
+  plain = functools.partial(three, wrap=lambda f: f)
+  again = functools.partial(three, wrap=jax.checkpoint)
+  assert flops(plain, x, w) == 3 * one
+  assert flops(jax.grad(plain, (0, 1)), x, w) == 9 * one
+  assert flops(jax.grad(again, (0, 1)), x, w) == 12 * one
+
+
+def test_products_of_groups_branches_and_devices_count(mesh):
+  x, w, sizes = jnp.ones((4, 8)), jnp.ones((3, 8, 16)), jnp.array([1, 1, 2])
+  ragged = lambda x, w: lax.ragged_dot(x, w, sizes).sum()
+  one = 2 * 4 * 8 * 16
+  assert flops(ragged, x, w) == one
+  assert flops(jax.grad(ragged, (0, 1)), x, w) == 3 * one
+  batched = lambda x, w: jnp.einsum("gmk,gkn->gmn", x, w)
+  assert flops(batched, jnp.ones((3, 4, 8)), w) == 3 * one
+  branch = lambda x: lax.cond(x[0, 0] > 0, lambda x: x @ x.T @ x, jnp.sin, x)
+  assert flops(branch, x) == 2 * 2 * 4 * 4 * 8
+  split = jax.shard_map(
+    lambda x: x @ x.T, mesh=mesh, in_specs=P("a"), out_specs=P("a", None)
+  )
+  # Each of eight devices multiplies its two rows.
+  assert flops(split, x) == 8 * 2 * 2 * 2 * 8
+
+
+def test_products_of_a_kernel_count():
+  """The gathered kernel: scores and sums of 64 keys for each query."""
+  queries, keys, heads, latent, rope = 16, 256, 128, 512, 64
+  bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  attend = functools.partial(
+    sparse_mla.sparse_mla, scale=1.0, implementation="tpu"
+  )
+  found = flops(
+    attend,
+    bf16(1, queries, heads, latent),
+    bf16(1, queries, heads, rope),
+    bf16(1, keys, latent),
+    bf16(1, keys, rope),
+    jax.ShapeDtypeStruct((1, queries, 128), jnp.int32),
+  )
+  # The rotary part fills half a register, which is multiplied whole.
+  wanted = 2 * queries * 128 * heads * ((latent + 128) + latent)
+  assert wanted <= found <= 1.2 * wanted
+
+
+def test_an_estimate_adds_products_and_exchange():
+  report = ahead.Report(
+    devices=4,
+    argument_bytes_per_device=0,
+    temporary_bytes_per_device=0,
+    peak_bytes_per_device=0,
+    model_flops_per_step=459e12,
+    flops_by_part={},
+    global_batch=1,
+    sequence_length=1,
+    compile_seconds=0.0,
+    program_flops_per_step=2 * 459e12,
+    sorts=0,
+    collectives={},
+    collective_bytes_per_device={"all-gather": 200e9, "all-reduce": 100e9},
+    open_loops=0,
+    most_gathered=1,
+  )
+  found = estimate.estimate(report, "v5p")
+  np.testing.assert_allclose(found[:4], (0.5, 0.5, 1.0, 0.25))
+  with pytest.raises(ValueError, match="generation='v4'"):
+    estimate.estimate(report, "v4")
