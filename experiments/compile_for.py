@@ -137,12 +137,12 @@ def _cpu_devices(shape):
 def _show(report):
   """Prints the report for people; the file is for programs."""
   for name, value in report.items():
-    if name.endswith("bytes_per_device") and value is not None:
+    if isinstance(value, dict):
+      value = ", ".join(f"{key} {count:.4g}" for key, count in value.items())
+    elif name.endswith("bytes_per_device") and value is not None:
       value = f"{value / _GIB:.2f} GiB"
     elif isinstance(value, float):
       value = f"{value:.4g}"
-    elif isinstance(value, dict):
-      value = ", ".join(f"{key} {count:.4g}" for key, count in value.items())
     print(f"{name:28s} {value}")
 
 
