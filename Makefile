@@ -29,7 +29,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 .PHONY: install quickstart test slow test-all parity schedule machine-code \
-  hopper lint format clean
+  hopper pods compile-pods lint format clean
 
 install: $(STAMP)
 
@@ -93,6 +93,14 @@ machine-code:
 hopper: $(STAMP)
 	$(BIN)/python -c "import jax_cuda13_plugin"
 	$(PYTEST) -m "" tests/pallas_kernels/test_gpu_machine_code.py $(ARGS)
+
+# The 671B model's step compiled for whole pods; the table goes to the README.
+pods:
+	$(MAKE) compile-pods VENV=.venv-tpu EXTRAS=tpu
+
+compile-pods: $(STAMP)
+	$(BIN)/python -m experiments.compile_table --workdir=runs/pods \
+	  --readme=README.md $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from experiments import no_accelerator  # noqa: F401  isort: skip
 import dataclasses
 import importlib.util
 import json
+import resource
 import sys
 
 from absl import flags
@@ -92,6 +93,9 @@ def main(argv):
     report["fits"] = (
       hbm is None or found.peak_bytes_per_device <= ahead.USABLE * hbm
     )
+  # The most memory that this process has held.
+  held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  report["host_peak_bytes"] = held * 1024
   _show(report)
   if _OUTPUT.value is not None:
     with open(_OUTPUT.value, "w") as file:
@@ -139,7 +143,9 @@ def _show(report):
   for name, value in report.items():
     if isinstance(value, dict):
       value = ", ".join(f"{key} {count:.4g}" for key, count in value.items())
-    elif name.endswith("bytes_per_device") and value is not None:
+    elif (
+      name.endswith(("bytes_per_device", "peak_bytes")) and value is not None
+    ):
       value = f"{value / _GIB:.2f} GiB"
     elif isinstance(value, float):
       value = f"{value:.4g}"

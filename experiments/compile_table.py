@@ -1,0 +1,138 @@
+"""The 671B model compiled for pods that are not there, as a table.
+
+python -m experiments.compile_table --workdir=DIR --readme=README.md
+
+Runs `experiments.compile_for` for each of TARGETS, one after the other (five
+minutes and 9 GB each on two cores), keeps its report in DIR and reads it from
+there the next time. Needs the extra `tpu` and no TPU.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+from absl import flags
+
+from experiments import common
+from experiments import readme_block
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the reports.")
+_README = flags.DEFINE_string(
+  "readme", None, "File whose block of results is replaced."
+)
+_AGAIN = flags.DEFINE_bool("again", False, "Compile what is there already.")
+
+BEGIN, END = "<!-- pods: begin -->", "<!-- pods: end -->"
+CONFIG = "configs/deepseek_v32_671b.py"
+_GIB = 2**30
+
+
+class Target(NamedTuple):
+  """What to compile.
+
+  Attributes:
+    variant: of the 671B config.
+    topology: as `compile_for` takes it.
+    changes: fields of the config by path.
+  """
+
+  variant: str
+  topology: str
+  changes: dict[str, int]
+
+  @property
+  def name(self) -> str:
+    return f"{self.variant}-{self.topology.replace(':', '-')}"
+
+
+def _mesh(microbatches, **axes):
+  changes = {f"mesh.{axis}": size for axis, size in axes.items()}
+  return changes | {"microbatches": microbatches}
+
+
+TARGETS = (
+  Target("dense_warmup", "v5p:8x8x16", {}),
+  Target("sparse", "v5p:8x8x16", {}),
+  Target("sparse", "v5p:8x8x8", _mesh(30, fsdp=1, expert=16, context=32)),
+  Target("sparse", "tpu7x:4x4x8", _mesh(60, fsdp=1, expert=8, context=32)),
+)
+_HEAD = (
+  "stage",
+  "topology",
+  "sequences of 131072",
+  "arguments, GiB a device",
+  "peak, of the device's",
+  "model PF a step",
+  "run, of the model's",
+  "collectives, GB a device",
+  "compiled in, host",
+  "estimate: s a step, MFU",
+)
+
+
+def main(argv):
+  del argv
+  if _README.value is not None:
+    readme_block.split(pathlib.Path(_README.value), BEGIN, END)
+  folder = pathlib.Path(_WORKDIR.value)
+  folder.mkdir(parents=True, exist_ok=True)
+  rows = [row(target, _report(target, folder)) for target in TARGETS]
+  table = "\n".join(
+    "| " + " | ".join(cells) + " |"
+    for cells in (_HEAD, ("---",) * len(_HEAD), *rows)
+  )
+  print(table)
+  if _README.value is not None:
+    readme_block.replace(pathlib.Path(_README.value), BEGIN, END, table)
+
+
+def row(target: Target, report: dict) -> tuple[str, ...]:
+  """Returns a report's line of the table."""
+  gib = lambda name: f"{report[name] / _GIB:.1f}"
+  hbm = f"{report['hbm_bytes_per_device'] / _GIB:.1f}"
+  head = (
+    target.variant,
+    f"{target.topology}, {report['chips']} chips",
+    str(report["global_batch"]),
+  )
+  if "peak_bytes_per_device" not in report:
+    return (*head, "", f"does not fit {hbm}", *[""] * 5)
+  model, run = report["model_flops_per_step"], report["program_flops_per_step"]
+  moved = sum(report["collective_bytes_per_device"].values())
+  return (
+    *head,
+    gib("argument_bytes_per_device"),
+    f"{gib('peak_bytes_per_device')} of {hbm}",
+    f"{model / 1e15:.0f}",
+    f"{run / model:.2f}x",
+    f"{moved / 1e9:.0f}",
+    f"{report['compile_seconds']:.0f} s, {gib('host_peak_bytes')} GiB",
+    f"{report['step_seconds']:.0f} s, {report['mfu']:.0%}",
+  )
+
+
+def _report(target: Target, folder: pathlib.Path) -> dict:
+  """Compiles a target, or reads what is known of it."""
+  path = folder / f"{target.name}.json"
+  if _AGAIN.value or not path.exists():
+    print(f"{target.name}: compiling", flush=True)
+    made = folder / "new.json"
+    command = [
+      *(sys.executable, "-m", "experiments.compile_for"),
+      f"--config={CONFIG}:{target.variant}",
+      f"--topology={target.topology}",
+      f"--output={made}",
+      *(f"--config.{field}={n}" for field, n in target.changes.items()),
+    ]
+    # Exit code 2 is a report too: it does not fit.
+    if subprocess.run(command, check=False).returncode not in (0, 2):
+      raise ValueError(f"{target.name}: {' '.join(command[2:])} failed")
+    made.replace(path)
+  return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["workdir"])
+  common.run(main)
