@@ -1,0 +1,182 @@
+"""What is asked of a generation engine, and what it answers."""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+import numbers
+
+import numpy as np
+
+# N tokens, L layers, A experts a token, S selected keys
+
+FINISH_REASONS = ("stop", "length", "cancelled")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParameters:
+  """How the tokens of one request are drawn, and when it ends.
+
+  Bans come first, then temperature, then top-k, top-p and min-p on what the
+  one before left, each renormalised.
+
+  Attributes:
+    temperature: divides the logits; 0 takes the most likely token.
+    top_p: keeps the most likely tokens that hold this much probability, the
+      one that crosses it included.
+    top_k: keeps this many of the most likely tokens; 0: all.
+    min_p: keeps tokens at least this much as likely as the likeliest.
+    max_tokens: tokens drawn at most.
+    stop: strings that end the answer where they appear in its text.
+    seed: of the draws; None: one that the engine picks.
+    banned_ids: tokens that are never drawn.
+    ignore_eos: whether the answer goes on behind the end-of-sequence token.
+  """
+
+  max_tokens: int
+  temperature: float = 1.0
+  top_p: float = 1.0
+  top_k: int = 0
+  min_p: float = 0.0
+  stop: tuple[str, ...] = ()
+  seed: int | None = None
+  banned_ids: tuple[int, ...] = ()
+  ignore_eos: bool = False
+
+  def __post_init__(self):
+    _require_integer("max_tokens", self.max_tokens, 1)
+    _require_integer("top_k", self.top_k, 0)
+    for name in ("temperature", "top_p", "min_p"):
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name}={value!r} must be a number")
+    if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+      raise ValueError(
+        f"temperature={self.temperature} must be finite and not negative"
+      )
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+    if not 0 <= self.min_p <= 1:
+      raise ValueError(f"min_p={self.min_p} must be between 0 and 1")
+    if isinstance(self.stop, str):
+      raise ValueError(f"stop={self.stop!r} must be a tuple of strings")
+    object.__setattr__(self, "stop", tuple(self.stop))
+    for text in self.stop:
+      if not isinstance(text, str) or not text:
+        raise ValueError(f"stop={self.stop!r} must hold non-empty strings")
+    if self.seed is not None:
+      _require_integer("seed", self.seed, 0)
+      if self.seed >= 1 << 63:
+        raise ValueError(f"seed={self.seed} must be below 2 ** 63")
+    object.__setattr__(self, "banned_ids", tuple(self.banned_ids))
+    for token in self.banned_ids:
+      _require_integer("banned_ids", token, 0)
+
+  @property
+  def truncates(self) -> bool:
+    """Whether some tokens may be left out of the distribution drawn from."""
+    return bool(
+      self.temperature == 0
+      or self.top_p < 1
+      or self.top_k
+      or self.min_p
+      or self.banned_ids
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """A prompt to continue.
+
+  Attributes:
+    prompt_ids: at least one token.
+    sampling: how to draw.
+    request_id: of the caller's choice, or None for the engine's.
+    want_selection: record the keys that every token attended to.
+    want_routing: record the experts that every token went through.
+  """
+
+  prompt_ids: Sequence[int]
+  sampling: SamplingParameters
+  request_id: str | None = None
+  want_selection: bool = False
+  want_routing: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+  """A token that was drawn, or the end of a request without one.
+
+  Attributes:
+    request_id: whose.
+    token_id: drawn, or None for a cancelled request.
+    logprob: natural logarithm of the token's probability in the distribution
+      it was drawn from, after bans, temperature and truncation.
+    finish_reason: None, or one of FINISH_REASONS on the last event.
+    kept_ids: sorted int32 ids that could have been drawn; None: all.
+    experts_LNA: uint8 or int32 routing of the tokens that were run through
+      the model since the last event (the prompt, on the first), if wanted.
+    selection_LNS: int32 selected keys of the same tokens, padded with -1.
+  """
+
+  request_id: str
+  token_id: int | None
+  logprob: float
+  finish_reason: str | None = None
+  kept_ids: np.ndarray | None = None
+  experts_LNA: np.ndarray | None = None
+  selection_LNS: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+  """A finished request.
+
+  Attributes:
+    request_id: whose.
+    prompt_ids: as given.
+    token_ids: drawn tokens; an end-of-sequence token is the last of them.
+    logprobs: of each, in the distribution it was drawn from.
+    finish_reason: one of FINISH_REASONS.
+    kept: for each drawn token the sorted ids that could have been drawn, or
+      None for all.
+    experts_LNA: routing of prompt and answer but for the last token, which
+      was only drawn; None if not wanted.
+    selection_LNS: selected keys of the same tokens; None if not wanted.
+  """
+
+  request_id: str
+  prompt_ids: tuple[int, ...]
+  token_ids: tuple[int, ...]
+  logprobs: tuple[float, ...]
+  finish_reason: str
+  kept: tuple[np.ndarray | None, ...]
+  experts_LNA: np.ndarray | None = None
+  selection_LNS: np.ndarray | None = None
+
+
+def collect(request_id, prompt_ids, events: Sequence[TokenEvent]) -> Completion:
+  """Joins the events of one request; the last one carries the reason."""
+  drawn = [event for event in events if event.token_id is not None]
+
+  def joined(name):
+    parts = [getattr(event, name) for event in events]
+    parts = [part for part in parts if part is not None]
+    return np.concatenate(parts, axis=1) if parts else None
+
+  return Completion(
+    request_id=request_id,
+    prompt_ids=tuple(prompt_ids),
+    token_ids=tuple(event.token_id for event in drawn),
+    logprobs=tuple(event.logprob for event in drawn),
+    finish_reason=events[-1].finish_reason,
+    kept=tuple(event.kept_ids for event in drawn),
+    experts_LNA=joined("experts_LNA"),
+    selection_LNS=joined("selection_LNS"),
+  )
+
+
+def _require_integer(name: str, value, least: int) -> None:
+  if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    raise ValueError(f"{name}={value!r} must be an integer")
+  if value < least:
+    raise ValueError(f"{name}={value} must be at least {least}")
