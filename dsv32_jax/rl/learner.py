@@ -1,0 +1,313 @@
+"""One GRPO step: forward under replay, losses, gradients, update.
+
+The learner's model is the one that samples; what the sampler did is replayed
+from the batch. Beside the policy's objective a step may train the indexer on
+its KL (on detached inputs, as in sparse pretraining), the multi-token
+prediction and the routers' biases: all are weights of the stage.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsv32_jax.model import moe
+from dsv32_jax.model import transformer
+from dsv32_jax.rl import grpo
+from dsv32_jax.rl import logprobs
+from dsv32_jax.rl import replay as replay_lib
+from dsv32_jax.training import losses
+from dsv32_jax.training import optimizer as optimizer_lib
+from dsv32_jax.training import stages
+from dsv32_jax.training import step as step_lib
+
+# B batch, T tokens, E experts, L layers, P prompts, G answers a prompt
+
+# Ours, where the paper is silent: the indexer goes on learning the attention,
+# biases and multi-token prediction rest.
+JOINT = stages.SFT
+# The indexer stays as it is, selection and all.
+INDEXER_FROZEN = dataclasses.replace(
+  stages.SFT, trains="model", indexer_weight=0.0
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+  """How a policy learns from a rollout.
+
+  Attributes:
+    grpo: the objective.
+    stage: what trains; `lm_weight` weighs the policy's objective.
+    temperature: of the sampler.
+    keep_routing: replay the sampler's experts in the policy's forward.
+    keep_sampling_mask: renormalise policy and reference over the kept sets.
+    replay_selection: attend to the keys that the sampler attended to.
+    reference_replays_routing: replay the sampler's experts in the reference's
+      forward as well, which then is no longer the reference as such.
+    domain_kl_weights: pairs of a domain and its KL weight; other domains have
+      that of `grpo`.
+    divide_by_std: advantages as in R1.
+    drop_equal_groups: dynamic filtering: leave out groups without advantage.
+    minibatches: optimiser steps a rollout is split into.
+    reference_every: steps after which the policy becomes the reference (R1:
+      400), or None for never.
+  """
+
+  grpo: grpo.GrpoConfig
+  stage: stages.StageConfig = JOINT
+  temperature: float = 1.0
+  keep_routing: bool = True
+  keep_sampling_mask: bool = True
+  replay_selection: bool = False
+  reference_replays_routing: bool = False
+  domain_kl_weights: tuple[tuple[str, float], ...] = ()
+  divide_by_std: bool = False
+  drop_equal_groups: bool = False
+  minibatches: int = 1
+  reference_every: int | None = None
+
+  def __post_init__(self):
+    if not self.temperature > 0:
+      raise ValueError(
+        f"learner.temperature={self.temperature} must be positive: a greedy"
+        " sampler has no distribution to learn"
+      )
+    if self.stage.trains == "indexer" or self.stage.lm_weight <= 0:
+      raise ValueError(
+        f"learner.stage.trains={self.stage.trains!r} with"
+        f" lm_weight={self.stage.lm_weight} does not train the policy"
+      )
+    for name, value in self.domain_kl_weights:
+      if not value >= 0:
+        raise ValueError(f"learner.domain_kl_weights: {name}={value} is < 0")
+    for name in ("minibatches", "reference_every"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f"learner.{name}={value} must be positive")
+
+  def kl_weight(self, domain: str) -> float:
+    """The weight of a domain's KL."""
+    return dict(self.domain_kl_weights).get(domain, self.grpo.kl_weight)
+
+
+class Reference(NamedTuple):
+  """The parameters that a step changes, as the reference has them."""
+
+  trained: Any
+  router_bias: Any
+
+
+def snapshot(state: step_lib.TrainState) -> Reference:
+  """Copies the policy as a reference; steps give their state's arrays up."""
+  return Reference(*jax.tree.map(jnp.copy, (state.trained, state.router_bias)))
+
+
+def refresh_reference(config, state, reference) -> Reference:
+  """Returns the policy every `reference_every` steps, else the reference."""
+  every = config.reference_every
+  if every is not None and int(state.step) and int(state.step) % every == 0:
+    return snapshot(state)
+  return reference
+
+
+def policy_forward(model, batch, config: LearnerConfig, *, routing, remat=None):
+  """Runs a model on a replay batch.
+
+  Args:
+    model: policy or reference.
+    batch: ReplayBatch.
+    config: what is replayed.
+    routing: replay the sampler's experts.
+    remat: rematerialisation of a layer, or None.
+
+  Returns:
+    The ModelOutput without logits, logp_BT and entropy_BT.
+  """
+  output = model(
+    batch.batch.tokens_BT,
+    positions_BT=batch.batch.positions_BT,
+    segments_BT=batch.batch.segments_BT,
+    options=config.stage.options(model.config),
+    replay=batch.replayed(routing=routing, selection=config.replay_selection),
+    with_logits=False,
+    remat=remat,
+  )
+  kept = batch.kept if config.keep_sampling_mask else logprobs.KeptSets()
+  logp_BT, entropy_BT = logprobs.token_logprobs(
+    output.hidden,
+    model.head.kernel[...],
+    batch.batch.targets_BT,
+    temperature=config.temperature,
+    kept=kept,
+  )
+  return output, logp_BT, entropy_BT
+
+
+def make_reference_scorer(graph, config: LearnerConfig):
+  """Builds the function that fills in `ref_logp_BT`.
+
+  Returns:
+    A function from (TrainState, Reference, ReplayBatch) to a ReplayBatch.
+  """
+
+  @jax.jit
+  def score(state, reference, batch):
+    model = step_lib.merge_model(graph, state._replace(**reference._asdict()))
+    _, logp_BT, _ = policy_forward(
+      model, batch, config, routing=config.reference_replays_routing
+    )
+    return logp_BT
+
+  def fill(state, reference, batch) -> replay_lib.ReplayBatch:
+    logp_BT = score(state, reference, batch)
+    return dataclasses.replace(batch, ref_logp_BT=logp_BT)
+
+  return fill
+
+
+def rl_loss(model: transformer.Transformer, batch, config, *, remat=None):
+  """The stage's weighted losses on a replay batch.
+
+  Returns:
+    The scalar loss, and (metrics, load_LE) as of `step.stage_loss`.
+  """
+  stage = config.stage
+  output, logp_BT, entropy_BT = policy_forward(
+    model, batch, config, routing=config.keep_routing, remat=remat
+  )
+  mask_BT = batch.batch.loss_mask_BT
+  policy_loss, metrics = grpo.grpo_loss(
+    logp_BT,
+    batch.old_logp_BT,
+    batch.ref_logp_BT,
+    batch.advantages_B,
+    mask_BT,
+    config.grpo,
+    kl_weight_B=batch.kl_weight_B,
+    num_sequences=batch.num_sequences,
+  )
+  written = jnp.maximum(jnp.sum(mask_BT), 1.0)
+  metrics["entropy"] = jnp.sum(entropy_BT * mask_BT) / written
+  metrics["policy_loss"] = policy_loss
+  loss = stage.lm_weight * policy_loss
+  extra, found, load_LE = _other_losses(model, output, batch, stage, remat)
+  loss += extra
+  return loss, (metrics | found | {"loss": loss}, load_LE)
+
+
+def _other_losses(model, output, batch, stage, remat):
+  """Indexer KL, multi-token prediction and balance, weighted."""
+  tokens = batch.batch
+  real_BT = tokens.segments_BT > 0
+  parts = [part for part in (output.dense, output.moe) if part is not None]
+  loss, metrics = jnp.float32(0.0), {}
+  if model.mtp is not None and (stage.mtp_weight or stage.indexer_weight):
+    hidden_BTD, further = model.predict_further(
+      output,
+      tokens.tokens_BT,
+      positions_BT=tokens.positions_BT,
+      segments_BT=tokens.segments_BT,
+      options=stage.options(model.config),
+      remat=remat,
+    )
+    parts.append(jax.tree.map(lambda leaf: leaf[None], further))
+    if stage.mtp_weight:
+      targets_BT, mask_BT = losses.mtp_targets(
+        tokens.targets_BT, tokens.loss_mask_BT
+      )
+      value, _ = losses.lm_loss(
+        hidden_BTD,
+        model.head.kernel[...],
+        targets_BT,
+        mask_BT,
+        jnp.maximum(jnp.sum(mask_BT), 1.0),
+      )
+      loss += stage.mtp_weight * value
+      metrics["mtp_loss"] = value
+  if stage.indexer_weight:
+    kl_LBT = jnp.concatenate([part.kl_BT for part in parts])
+    real = jnp.maximum(jnp.sum(real_BT), 1).astype(jnp.float32)
+    value, found = losses.indexer_loss(kl_LBT, real_BT, real)
+    loss += stage.indexer_weight * value
+    metrics |= found
+  routed = [part for part in parts if part.balance is not None]
+  load_LE = None
+  if routed:
+    balance = sum(jnp.sum(part.balance) for part in routed)
+    loss += stage.balance_weight * balance
+    metrics["balance_loss"] = balance
+    load_LE = jnp.concatenate([part.load_E for part in routed])
+  return loss, metrics, load_LE
+
+
+def make_learner_step(
+  graph,
+  config: LearnerConfig,
+  optimizer: optax.GradientTransformation,
+  *,
+  remat=None,
+):
+  """Builds the jitted step.
+
+  Args:
+    graph: structure of the model, from step.init_state.
+    config: objective, replay and stage.
+    optimizer: as given to step.init_state.
+    remat: rematerialisation of a layer, or None.
+
+  Returns:
+    A function from (TrainState, ReplayBatch) to (TrainState, metrics); the
+    state is donated. A step whose gradient is not finite changes nothing but
+    counters.
+  """
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state: step_lib.TrainState, batch: replay_lib.ReplayBatch):
+    def loss_of(trained):
+      model = step_lib.merge_model(graph, state._replace(trained=trained))
+      return rl_loss(model, batch, config, remat=remat)
+
+    gradients, (metrics, load_LE) = jax.grad(loss_of, has_aux=True)(
+      state.trained
+    )
+    updates, optimizer_state = optimizer.update(
+      gradients, state.optimizer, state.trained
+    )
+    bias, speed = state.router_bias, config.stage.router_bias_speed
+    if load_LE is not None and speed:
+      applied = optimizer_state.consecutive_skips == 0
+      bias = _move_bias(bias, load_LE, speed * applied)
+    metrics |= {
+      "gradient_norm": optimizer_lib.global_norm(gradients),
+      "skipped_steps": optimizer_state.skipped,
+    }
+    state = state._replace(
+      trained=optax.apply_updates(state.trained, updates),
+      router_bias=bias,
+      optimizer=optimizer_state,
+      step=state.step + 1,
+    )
+    return state, metrics
+
+  return step
+
+
+def _move_bias(bias_state, load_LE, speed):
+  """Moves each router's bias; the multi-token prediction's load is last."""
+  flat = nnx.to_flat_state(bias_state)
+  routers = sum(v.get_value().size // load_LE.shape[1] for _, v in flat)
+  moved = []
+  for path, variable in flat:
+    bias = variable.get_value()
+    if "mtp" not in path:
+      bias = moe.update_bias(bias, load_LE[: bias.shape[0]], speed)
+    elif len(load_LE) == routers:
+      # Without a loss of its own the multi-token prediction does not run.
+      bias = moe.update_bias(bias, load_LE[-1], speed)
+    moved.append((path, variable.replace(bias)))
+  return nnx.from_flat_state(moved)
