@@ -1,0 +1,1 @@
+"""What scores an answer: rules, format, language, length, proofs, rubrics."""
