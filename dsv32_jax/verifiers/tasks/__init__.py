@@ -1,0 +1,8 @@
+"""Generated problems whose answers can be checked: no data set needed."""
+
+from dsv32_jax.verifiers.tasks.arithmetic import Arithmetic
+from dsv32_jax.verifiers.tasks.brackets import Brackets
+from dsv32_jax.verifiers.tasks.knights import Knights
+from dsv32_jax.verifiers.tasks.problem import Problem
+from dsv32_jax.verifiers.tasks.problem import generate
+from dsv32_jax.verifiers.tasks.sorting import Sorting
