@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dsv32_jax.model import moe
@@ -311,3 +312,34 @@ def _move_bias(bias_state, load_LE, speed):
       bias = moe.update_bias(bias, load_LE[-1], speed)
     moved.append((path, variable.replace(bias)))
   return nnx.from_flat_state(moved)
+
+
+def learn(step, score_reference, config, state, reference, batches):
+  """Takes one step on each batch of a rollout.
+
+  The reference is scored before the first step, on batches with a KL weight;
+  elsewhere the sampler stands in for it, and the metric `kl` is to the sampler.
+
+  Args:
+    step: of make_learner_step; gives `state` up.
+    score_reference: of make_reference_scorer.
+    config: of both.
+    state: TrainState.
+    reference: Reference.
+    batches: ReplayBatch each.
+
+  Returns:
+    TrainState, Reference and a list of metrics, one a step.
+  """
+  scored = [
+    score_reference(state, reference, batch)
+    if np.any(np.asarray(batch.kl_weight_B) > 0)
+    else dataclasses.replace(batch, ref_logp_BT=batch.old_logp_BT)
+    for batch in batches
+  ]
+  found = []
+  for batch in scored:
+    state, metrics = step(state, batch)
+    found.append(metrics)
+    reference = refresh_reference(config, state, reference)
+  return state, reference, found

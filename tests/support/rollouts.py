@@ -1,5 +1,7 @@
 """Rollouts of a tiny model, sampled by its plain forward, for tests."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -13,19 +15,18 @@ from tests.support import models
 PROMPT = 4
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graph, state, tokens_BT):
+  output = nnx.merge(graph, state)(
+    tokens_BT, segments_BT=jnp.ones_like(tokens_BT), record=True
+  )
+  return output.logits, output.moe.experts_BTA
+
+
 def forward(model):
-  """A jitted function of tokens_BT to (logits_BTV, experts_LBTA)."""
+  """A function of tokens_BT to (logits_BTV, experts_LBTA)."""
   graph, state = nnx.split(model)
-
-  @jax.jit
-  def run(state, tokens_BT):
-    segments_BT = jnp.ones_like(tokens_BT)
-    output = nnx.merge(graph, state)(
-      tokens_BT, segments_BT=segments_BT, record=True
-    )
-    return output.logits, output.moe.experts_BTA, output.gather("selection")
-
-  return lambda tokens_BT: jax.device_get(run(state, tokens_BT))
+  return lambda tokens_BT: jax.device_get(_run(graph, state, tokens_BT))
 
 
 def nucleus(logits_V, top_p):
@@ -49,7 +50,7 @@ def rollout(model, *, rows=4, length=13, top_p=1.0, temperature=1.0, seed=0):
   logp_BT = np.zeros((rows, length))
   kept = [[None] * length for _ in range(rows)]
   for place in range(PROMPT, length):
-    logits_BTV, _, _ = run(tokens_BT)
+    logits_BTV, _ = run(tokens_BT)
     for row in range(rows):
       logits_V = np.float64(logits_BTV[row, place - 1]) / temperature
       ids = nucleus(logits_V, top_p)
@@ -59,7 +60,7 @@ def rollout(model, *, rows=4, length=13, top_p=1.0, temperature=1.0, seed=0):
       tokens_BT[row, place] = ids[drawn]
       logp_BT[row, place] = np.log(chance[drawn])
       kept[row][place] = ids if top_p < 1 else None
-  _, experts_LBTA, _ = run(tokens_BT)
+  _, experts_LBTA = run(tokens_BT)
   return [
     replay.Trajectory(
       token_ids_N=tokens_BT[row],

@@ -6,6 +6,7 @@ from dsv32_jax.verifiers import exact
 from dsv32_jax.verifiers import format as format_lib
 from dsv32_jax.verifiers import language
 from dsv32_jax.verifiers import length
+from dsv32_jax.verifiers import score
 
 
 @pytest.mark.parametrize(
@@ -124,3 +125,16 @@ def test_length_penalty(tokens, value):
 def test_bad_length_penalty(numbers, message):
   with pytest.raises(ValueError, match=message):
     length.LengthPenalty(**numbers)
+
+
+def test_rewards_add_up():
+  scores = {
+    "outcome": score.Score(value=1.0),
+    "format": score.Score(value=0.0, error="no answer"),
+    "length": score.Score(value=-0.5),
+  }
+  weights = {"outcome": 1.0, "format": 1.0, "length": 0.2}
+  got = score.weighted_sum(scores, weights)
+  assert got.value == pytest.approx(0.9) and got.error == "format: no answer"
+  with pytest.raises(ValueError, match="differ"):
+    score.weighted_sum(scores, {"outcome": 1.0})
