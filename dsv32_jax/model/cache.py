@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv32_jax.model import config as config_lib
+from pallas_kernels import fp8
 
 # L layers, B batch, T new tokens, S slots, C latent, R rotary width,
-# K index width
+# K index width, P pages, Z slots of a page, M pages of a sequence, N keys
 
 
 class LayerCache(NamedTuple):
@@ -94,3 +95,109 @@ def append(held_BSX, new_BTX, length_B):
 
   new_BTX = new_BTX.astype(held_BSX.dtype)
   return jax.vmap(one)(held_BSX, new_BTX, length_B)
+
+
+class PagedLayerCache(NamedTuple):
+  """One layer's cache in pages that sequences take and give back.
+
+  Slot s of a sequence is slot s % Z of page `table_BM[b, s // Z]`.
+
+  Attributes:
+    latent_PZC: normed key-value latents of all sequences.
+    key_rope_PZR: rotated shared keys.
+    index_key_PZK: rotated index keys, in the model's type or as 8-bit values.
+    index_scale_PZ: float32 scales of 8-bit index keys, else None.
+    table_BM: int32 pages of each sequence.
+    count_B: int32 how many of a call's tokens are real; others are not kept.
+  """
+
+  latent_PZC: jax.Array
+  key_rope_PZR: jax.Array
+  index_key_PZK: jax.Array
+  index_scale_PZ: jax.Array | None
+  table_BM: jax.Array
+  count_B: jax.Array
+
+  def append(self, latent_BTC, key_rope_BTR, index_key_BTK, length_B):
+    """Writes the real tokens of each sequence behind the length_B it holds."""
+    pages, size = self.latent_PZC.shape[:2]
+    offset_T = jnp.arange(latent_BTC.shape[1], dtype=jnp.int32)
+    slot_BT = length_B[:, None] + offset_T
+    page_BT = jnp.take_along_axis(
+      self.table_BM, slot_BT // size, axis=1, mode="clip"
+    )
+    # A page that does not exist: the write is dropped.
+    page_BT = jnp.where(offset_T < self.count_B[:, None], page_BT, pages)
+
+    def write(held_PZX, new_BTX):
+      new_BTX = new_BTX.astype(held_PZX.dtype)
+      return held_PZX.at[page_BT, slot_BT % size].set(new_BTX, mode="drop")
+
+    scale_PZ = self.index_scale_PZ
+    if scale_PZ is not None:
+      # Exact: these keys were rounded to 8 bits before.
+      index_key_BTK, scale_BT1 = fp8.quantize(index_key_BTK)
+      scale_PZ = write(scale_PZ, scale_BT1[..., 0])
+    return self._replace(
+      latent_PZC=write(self.latent_PZC, latent_BTC),
+      key_rope_PZR=write(self.key_rope_PZR, key_rope_BTR),
+      index_key_PZK=write(self.index_key_PZK, index_key_BTK),
+      index_scale_PZ=scale_PZ,
+    )
+
+  def index_keys(self, dtype):
+    """Reads every slot's index key: index_key_BSK."""
+    key_BMZK = self.index_key_PZK[self.table_BM].astype(dtype)
+    if self.index_scale_PZ is not None:
+      scale_BMZ = self.index_scale_PZ[self.table_BM]
+      key_BMZK = key_BMZK * scale_BMZ[..., None].astype(dtype)
+    return key_BMZK.reshape(key_BMZK.shape[0], -1, key_BMZK.shape[-1])
+
+  def rows(self, slot_BTN):
+    """Turns slots into rows of the flattened pages; -1 stays."""
+    size = self.latent_PZC.shape[1]
+    batch, queries, count = slot_BTN.shape
+    place_BX = jnp.maximum(slot_BTN, 0).reshape(batch, -1)
+    page_BX = jnp.take_along_axis(self.table_BM, place_BX // size, axis=1)
+    row_BTN = (page_BX * size + place_BX % size).reshape(batch, queries, count)
+    return jnp.where(slot_BTN < 0, -1, row_BTN)
+
+
+def bytes_per_token(
+  config: config_lib.ModelConfig, *, dtype=jnp.float32, eight_bit_index=False
+) -> int:
+  """Bytes that a token takes in all layers' caches."""
+  size = jnp.dtype(dtype).itemsize
+  index = config.index_width * (1 if eight_bit_index else size)
+  index += 4 if eight_bit_index else 0
+  attention = (config.latent_width + config.rope_width) * size
+  return config.num_layers * (attention + index)
+
+
+def empty_pages(
+  config: config_lib.ModelConfig,
+  num_pages: int,
+  page_size: int,
+  *,
+  dtype=jnp.float32,
+  eight_bit_index: bool = False,
+) -> tuple[tuple, tuple]:
+  """Allocates pages: the arrays of each dense layer, and of each MoE layer.
+
+  They are the first four of a PagedLayerCache.
+  """
+  lead = (num_pages, page_size)
+  key_type = jnp.float8_e4m3fn if eight_bit_index else dtype
+
+  def one():
+    return (
+      jnp.zeros((*lead, config.latent_width), dtype),
+      jnp.zeros((*lead, config.rope_width), dtype),
+      jnp.zeros((*lead, config.index_width), key_type),
+      jnp.zeros(lead, jnp.float32) if eight_bit_index else None,
+    )
+
+  return (
+    tuple(one() for _ in range(config.num_dense_layers)),
+    tuple(one() for _ in range(config.num_moe_layers)),
+  )

@@ -1,0 +1,369 @@
+"""Continuous batching: requests join and leave the running batch at any step.
+
+A step takes one chunk of the oldest prompt that is not yet in the cache, and
+one token of every sequence whose prompt is. Pages are taken as tokens come;
+when none is left the youngest sequence gives its pages back, waits, and is
+computed again later: what it has drawn stays drawn.
+
+Shapes never vary, and a row's arithmetic does not depend on other rows, so a
+request gives the same tokens and log-probabilities whoever shares the batch
+with it. Prefixes are shared by whole chunks, so that a prompt is cut the same
+way with sharing and without. (Computing again after a lack of pages may change
+last bits: prompts and answers then go through the same chunks.)
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dsv32_jax.generation import pages as pages_lib
+from dsv32_jax.generation import programs
+from dsv32_jax.generation import requests as requests_lib
+from dsv32_jax.generation import sampler
+from dsv32_jax.generation import sequence
+
+EngineConfig = programs.EngineConfig
+
+# B sequences, T tokens, M pages of a sequence
+
+
+class Engine:
+  """Generates for many requests at once."""
+
+  def __init__(
+    self,
+    model,
+    config: EngineConfig,
+    *,
+    eos_id: int | None = None,
+    detokenize: Callable[[list[int]], str] | None = None,
+  ):
+    """Copies the model's layers out of their stack and allocates the cache.
+
+    Args:
+      model: Transformer with stacked layers.
+      config: sizes.
+      eos_id: token that ends an answer, or None.
+      detokenize: token ids to text, needed for stop strings.
+    """
+    self.config = config
+    self._programs = programs.Programs(model, config)
+    self._vocab_size = model.config.vocab_size
+    self._pages = pages_lib.Pages(self._programs.num_pages, config.page_size)
+    self._eos_id, self._detokenize = eos_id, detokenize
+    self._seeds = np.random.default_rng(config.seed)
+    self._submitted = 0
+    self._waiting: list[sequence.Sequence] = []
+    self._rows: list[sequence.Sequence | None] = [None] * config.max_batch
+    self._live: dict[str, sequence.Sequence] = {}
+    self._cancelled: list[sequence.Sequence] = []
+    self._counts = dict(
+      prompt_tokens=0, shared_tokens=0, drawn_tokens=0, preemptions=0
+    )
+
+  def submit(self, request: requests_lib.Request) -> str:
+    """Queues a request.
+
+    Returns:
+      Its id.
+
+    Raises:
+      ValueError: on a prompt that is empty, has an unknown token or does not
+        fit with its answer, and on parameters that cannot be served.
+    """
+    self._check(request)
+    request_id = request.request_id
+    if request_id is None:
+      request_id = f"request-{self._submitted}"
+    if request_id in self._live:
+      raise ValueError(f"{request_id=} is in use")
+    seed = request.sampling.seed
+    if seed is None:
+      seed = int(self._seeds.integers(1 << 63))
+    one = sequence.Sequence(
+      request=request,
+      request_id=request_id,
+      order=self._submitted,
+      seed=seed,
+      tokens=[int(token) for token in request.prompt_ids],
+    )
+    self._submitted += 1
+    self._live[request_id] = one
+    self._waiting.append(one)
+    return request_id
+
+  def _check(self, request):
+    ids, sampling = request.prompt_ids, request.sampling
+    if not len(ids):
+      raise ValueError(f"{len(ids)=}: the prompt is empty")
+    for name, values in (
+      ("prompt_ids", ids),
+      ("banned_ids", sampling.banned_ids),
+    ):
+      for token in values:
+        if not 0 <= token < self._vocab_size:
+          raise ValueError(
+            f"{name}: {token=} is outside vocab_size={self._vocab_size}"
+          )
+    if len(set(sampling.banned_ids)) == self._vocab_size:
+      raise ValueError("banned_ids holds every token")
+    total = len(ids) + sampling.max_tokens
+    if total > self.config.max_length:
+      raise ValueError(
+        f"{len(ids)=} and max_tokens={sampling.max_tokens} exceed"
+        f" max_length={self.config.max_length}"
+      )
+    room = self._pages.num_pages * self.config.page_size
+    if total > room:
+      raise ValueError(f"{total=} tokens exceed the cache's {room=}")
+    if sampling.stop and self._detokenize is None:
+      raise ValueError(f"stop={sampling.stop!r} needs a detokenizer")
+
+  def cancel(self, request_id: str) -> None:
+    """Ends a request; its last event comes with the next step.
+
+    Raises:
+      ValueError: if no such request is live.
+    """
+    if request_id not in self._live:
+      raise ValueError(f"{request_id=} is not live")
+    one = self._live[request_id]
+    self._leave(one)
+    self._cancelled.append(one)
+
+  @property
+  def has_work(self) -> bool:
+    return bool(self._live or self._cancelled)
+
+  def stats(self) -> dict[str, int]:
+    """Counts: pages, requests and tokens so far."""
+    return dict(
+      pages_used=self._pages.num_used,
+      pages_free=self._pages.num_free,
+      running=len(self._running()),
+      waiting=len(self._waiting),
+      **self._counts,
+    )
+
+  def load(self, model) -> None:
+    """Takes another model's weights; what is compiled serves on.
+
+    Raises:
+      ValueError: if that model has another shape, or requests are live.
+    """
+    if self.has_work:
+      raise ValueError(f"{len(self._live)} requests are live")
+    self._programs.load(model)
+    self._pages.forget_all()
+
+  def generate(
+    self, requests: Sequence[requests_lib.Request]
+  ) -> list[requests_lib.Completion]:
+    """Runs requests to their ends.
+
+    Raises:
+      ValueError: as `submit`, or if other requests are live.
+    """
+    if self.has_work:
+      raise ValueError(f"{len(self._live)} other requests are live")
+    for request in requests:
+      self._check(request)
+    ids = [self.submit(request) for request in requests]
+    events = {request_id: [] for request_id in ids}
+    while self.has_work:
+      for event in self.step():
+        events[event.request_id].append(event)
+    return [
+      requests_lib.collect(request_id, request.prompt_ids, events[request_id])
+      for request_id, request in zip(ids, requests)
+    ]
+
+  def step(self) -> list[requests_lib.TokenEvent]:
+    """Runs one chunk and one token of each sequence that is ready for it."""
+    events = [
+      requests_lib.TokenEvent(
+        request_id=one.request_id,
+        token_id=None,
+        logprob=0.0,
+        finish_reason="cancelled",
+      )
+      for one in self._cancelled
+    ]
+    self._cancelled.clear()
+    self._admit()
+    events.extend(self._prefill())
+    events.extend(self._decode())
+    return events
+
+  def _running(self) -> list[sequence.Sequence]:
+    """Oldest first."""
+    running = [one for one in self._rows if one is not None]
+    return sorted(running, key=lambda one: one.order)
+
+  def _admit(self):
+    while self._waiting and None in self._rows:
+      one = self._waiting[0]
+      # With none to spare it would only be thrown out again.
+      needed = -(-(one.prefill_end + 1) // self.config.page_size)
+      if self._running() and needed > self._pages.num_free:
+        return
+      self._rows[self._rows.index(None)] = self._waiting.pop(0)
+
+  def _leave(self, one: sequence.Sequence):
+    """Takes a sequence out, wherever it is."""
+    del self._live[one.request_id]
+    if one in self._waiting:
+      self._waiting.remove(one)
+    else:
+      self._release(one)
+
+  def _release(self, one: sequence.Sequence):
+    self._rows[self._rows.index(one)] = None
+    self._pages.give_back(one.pages)
+    one.pages, one.held = [], 0
+
+  def _ensure(self, one: sequence.Sequence, length: int) -> bool:
+    """Gets pages for `length` tokens, from younger sequences if need be.
+
+    Returns:
+      False if the sequence itself was the youngest and waits now.
+    """
+    needed = -(-length // self.config.page_size) - len(one.pages)
+    while needed > 0:
+      taken = self._pages.take(needed)
+      if taken is not None:
+        one.pages.extend(taken)
+        break
+      youngest = self._running()[-1]
+      self._release(youngest)
+      self._waiting.insert(0, youngest)
+      self._waiting.sort(key=lambda other: other.order)
+      self._counts["preemptions"] += 1
+      if youngest is one:
+        return False
+    return True
+
+  def _call(self, sequences, tokens_BT, count_B):
+    """Runs a step; the n-th row is of the n-th sequence, None runs nothing."""
+    batch = len(sequences)
+    table_BM = np.zeros(
+      (batch, -(-self.config.max_length // self.config.page_size)), np.int32
+    )
+    length_B = np.zeros((batch,), np.int32)
+    for row, one in enumerate(sequences):
+      if one is not None:
+        table_BM[row, : len(one.pages)] = one.pages
+        length_B[row] = one.held
+    live = [one for one in sequences if one is not None]
+    rows = sampler.rows(
+      [one and one.request.sampling for one in sequences],
+      [one.seed if one else 0 for one in sequences],
+      [one.num_drawn if one else 0 for one in sequences],
+      self._vocab_size,
+    )
+    return self._programs(
+      programs.Call(tokens_BT, length_B, count_B, table_BM, rows),
+      with_selection=any(one.request.want_selection for one in live),
+    )
+
+  def _prefill(self) -> list[requests_lib.TokenEvent]:
+    ready = [one for one in self._running() if one.held < one.prefill_end]
+    if not ready:
+      return []
+    one, chunk = ready[0], self.config.prefill_chunk
+    if not one.pages:
+      self._share(one)
+    start, end = one.held, min(one.held + chunk, one.prefill_end)
+    if not self._ensure(one, end):
+      return []
+    tokens_BT = np.zeros((1, chunk), np.int32)
+    tokens_BT[0, : end - start] = one.tokens[start:end]
+    result = self._call([one], tokens_BT, np.asarray([end - start], np.int32))
+    self._counts["prompt_tokens"] += end - start
+    record = sequence.record_of(one, result, 0, end - start)
+    one.add_record(start, record)
+    one.held = end
+    self._remember(one, start, record)
+    if one.held < one.prefill_end or one.num_drawn:
+      return []
+    return [
+      self._accept(one, *sequence.fetch(one, result, 0, self._vocab_size))
+    ]
+
+  def _share(self, one: sequence.Sequence):
+    """Takes over whole chunks that an earlier prompt left, but for the last."""
+    size, chunk = self.config.page_size, self.config.prefill_chunk
+    usable = min(one.prompt_length, one.prefill_end - 1)
+    per_chunk = chunk // size
+    found, records = self._pages.match(
+      one.tokens, usable // chunk * per_chunk, one.wanted
+    )
+    whole = len(found) // per_chunk * per_chunk
+    self._pages.give_back(found[whole:])
+    one.pages, one.held = found[:whole], whole * size
+    for place, record in enumerate(records[:whole]):
+      one.add_record(place * size, record)
+    self._counts["shared_tokens"] += one.held
+
+  def _remember(
+    self, one: sequence.Sequence, start: int, record: pages_lib.Record
+  ):
+    size = self.config.page_size
+    first, last = start // size, min(one.held, one.prompt_length) // size
+    for place in range(first, last):
+      begin = place * size
+      part = slice(begin - start, begin - start + size)
+      self._pages.remember(
+        one.pages[place - 1] if place else -1,
+        tuple(one.tokens[begin : begin + size]),
+        one.pages[place],
+        sequence.cut(record, part),
+      )
+
+  def _decode(self) -> list[requests_lib.TokenEvent]:
+    for one in self._running():
+      is_ready = one.num_drawn and one.held == len(one.tokens) - 1
+      if is_ready and one in self._rows:
+        self._ensure(one, len(one.tokens))
+    sequences = [
+      one if one and one.num_drawn and one.held == len(one.tokens) - 1 else None
+      for one in self._rows
+    ]
+    if not any(sequences):
+      return []
+    batch = len(sequences)
+    tokens_BT, count_B = (
+      np.zeros((batch, 1), np.int32),
+      np.zeros((batch,), np.int32),
+    )
+    for row, one in enumerate(sequences):
+      if one:
+        tokens_BT[row, 0], count_B[row] = one.tokens[-1], 1
+    result = self._call(sequences, tokens_BT, count_B)
+    events = []
+    for row, one in enumerate(sequences):
+      if one:
+        one.add_record(one.held, sequence.record_of(one, result, row, 1))
+        one.held += 1
+        fetched = sequence.fetch(one, result, row, self._vocab_size)
+        events.append(self._accept(one, *fetched))
+    return events
+
+  def _accept(self, one, token, logprob, kept) -> requests_lib.TokenEvent:
+    """Appends a drawn token; ends the request where it ends."""
+    one.tokens.append(token)
+    self._counts["drawn_tokens"] += 1
+    joined = sequence.join(one.pending)
+    one.pending = []
+    reason = sequence.finish_reason(one, self._eos_id, self._detokenize)
+    if reason is not None:
+      self._leave(one)
+    return requests_lib.TokenEvent(
+      request_id=one.request_id,
+      token_id=token,
+      logprob=logprob,
+      finish_reason=reason,
+      kept_ids=kept,
+      experts_LNA=joined.experts_LNA,
+      selection_LNS=joined.selection_LNS,
+    )

@@ -1,0 +1,123 @@
+"""A request on its way through the engine, and what is recorded of it."""
+
+import dataclasses
+
+import numpy as np
+
+from dsv32_jax.generation import pages as pages_lib
+from dsv32_jax.generation import requests
+from dsv32_jax.generation import sampler
+
+# B sequences, T tokens, N tokens, L layers, A experts a token, S selected keys
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+  """A request on its way.
+
+  Attributes:
+    order: number of its submission.
+    tokens: prompt and drawn tokens.
+    held: how many of them the cache has.
+    pages: its pages.
+    recorded: tokens whose records are in `pending` or in past events.
+    pending: Record since the last event.
+  """
+
+  request: requests.Request
+  request_id: str
+  order: int
+  seed: int
+  tokens: list[int]
+  held: int = 0
+  pages: list[int] = dataclasses.field(default_factory=list)
+  recorded: int = 0
+  pending: list[pages_lib.Record] = dataclasses.field(default_factory=list)
+
+  @property
+  def prompt_length(self) -> int:
+    return len(self.request.prompt_ids)
+
+  @property
+  def num_drawn(self) -> int:
+    return len(self.tokens) - self.prompt_length
+
+  @property
+  def prefill_end(self) -> int:
+    """Tokens to run in chunks: the last drawn one goes with the batch."""
+    return len(self.tokens) - (1 if self.num_drawn else 0)
+
+  @property
+  def wanted(self) -> pages_lib.Wanted:
+    return pages_lib.Wanted(
+      self.request.want_routing, self.request.want_selection
+    )
+
+  def add_record(self, start: int, record: pages_lib.Record):
+    """Keeps what is new of the record of tokens from `start` on."""
+    parts = [part for part in record if part is not None]
+    if not parts:
+      return
+    end = start + parts[0].shape[1]
+    if end > self.recorded:
+      fresh = slice(max(self.recorded - start, 0), None)
+      self.pending.append(cut(record, fresh))
+      self.recorded = end
+
+
+def finish_reason(one: Sequence, eos_id, detokenize) -> str | None:
+  """Says why a sequence ends with its last token, or None if it goes on."""
+  sampling = one.request.sampling
+  if one.tokens[-1] == eos_id and not sampling.ignore_eos:
+    return "stop"
+  if sampling.stop:
+    # A token is at least one byte, so a stop string ends in the last
+    # token of these or is not new.
+    window = max(len(text.encode()) for text in sampling.stop) + 4
+    drawn = one.tokens[one.prompt_length :][-window:]
+    text = detokenize(drawn)
+    if any(stop in text for stop in sampling.stop):
+      return "stop"
+  return "length" if one.num_drawn >= sampling.max_tokens else None
+
+
+def fetch(one, result, row, vocab_size):
+  """Brings a row's token, log-probability and kept set to the host."""
+  drawn = result.drawn
+  kept = None
+  if one.request.sampling.truncates:
+    kept = sampler.kept_ids(np.asarray(drawn.kept_BW)[row], vocab_size)
+  token = int(np.asarray(drawn.token_B)[row])
+  return token, float(np.asarray(drawn.logprob_B)[row]), kept
+
+
+def record_of(one, result, row, count) -> pages_lib.Record:
+  """Brings to the host what the request wants of its first tokens."""
+
+  def part(array_LBTX, wanted):
+    if not wanted or array_LBTX is None:
+      return None
+    return np.asarray(array_LBTX)[:, row, :count]
+
+  return pages_lib.Record(
+    part(result.experts_LBTA, one.wanted.routing),
+    part(result.selection_LBTS, one.wanted.selection),
+  )
+
+
+def cut(record, part: slice) -> pages_lib.Record:
+  """Takes some of the tokens of a record."""
+  return pages_lib.Record(
+    *(None if array is None else array[:, part] for array in record)
+  )
+
+
+def join(records) -> pages_lib.Record:
+  """Joins records of consecutive tokens."""
+
+  def joined(arrays):
+    arrays = [array for array in arrays if array is not None]
+    return np.concatenate(arrays, axis=1) if arrays else None
+
+  columns = zip(*records) if records else ((), ())
+  return pages_lib.Record(*(joined(column) for column in columns))
