@@ -243,6 +243,8 @@ def _other_losses(model, output, batch, stage, remat):
     loss += stage.balance_weight * balance
     metrics["balance_loss"] = balance
     load_LE = jnp.concatenate([part.load_E for part in routed])
+  invalid = [part.invalid_BT for part in parts if part.invalid_BT is not None]
+  metrics["invalid_rows"] = sum(map(jnp.sum, invalid)) + jnp.float32(0.0)
   return loss, metrics, load_LE
 
 

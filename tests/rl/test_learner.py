@@ -84,6 +84,19 @@ def test_keep_routing_undoes_a_moved_bias(model, batch):
   assert log_ratio(moved, batch, CONFIG, routing=False) > 1e-2
 
 
+def test_a_replayed_selection_undoes_a_moved_indexer(model, batch):
+  moved = nnx.clone(model)
+  state = nnx.state(moved, stages.in_indexer)
+  generator = np.random.default_rng(2)
+  noise = jax.tree.map(
+    lambda x: x + jnp.asarray(generator.normal(size=x.shape), x.dtype), state
+  )
+  nnx.update(moved, noise)
+  replayed = dataclasses.replace(CONFIG, replay_selection=True)
+  assert log_ratio(moved, batch, replayed) < 1e-5
+  assert log_ratio(moved, batch, CONFIG) > 1e-2
+
+
 def test_keep_routing_trains_the_sampled_experts_only(model):
   # One written token, in a model whose only MoE layer is its last: no other
   # token's experts reach its log-probability.

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -219,3 +220,30 @@ def test_logprobs_over_kept_sets(form, slices, monkeypatch):
   slope = weight[..., None] * (np.eye(70)[targets] - chance) / 0.7
   tolerances.assert_close(grad[0], np.einsum("BTV,DV->BTD", slope, kernel))
   tolerances.assert_close(grad[1], np.einsum("BTD,BTV->DV", hidden, slope))
+
+
+def largest_array(jaxpr):
+  """Entries of the largest array in a program, inner ones included."""
+  sizes = [var.aval.size for eqn in jaxpr.eqns for var in eqn.outvars]
+  inner = [
+    largest_array(sub)
+    for eqn in jaxpr.eqns
+    for sub in core.jaxprs_in_params(eqn.params)
+  ]
+  return max([*sizes, *inner], default=0)
+
+
+def test_logits_of_the_whole_batch_never_exist(monkeypatch):
+  monkeypatch.setattr(logprobs.losses, "MAX_LOGITS", 2 * 70 * 2)
+  hidden, kernel, targets, _ = head_example()
+
+  def loss(hidden, kernel):
+    logp, _ = logprobs.token_logprobs(hidden, kernel, jnp.asarray(targets))
+    return jnp.sum(logp)
+
+  args = [jnp.asarray(x, jnp.float32) for x in (hidden, kernel)]
+  program = jax.make_jaxpr(jax.grad(loss, (0, 1)))(*args)
+  assert largest_array(program.jaxpr) < hidden[..., 0].size * 70
+  monkeypatch.setattr(logprobs.losses, "MAX_LOGITS", 2**26)
+  program = jax.make_jaxpr(jax.grad(loss, (0, 1)))(*args)
+  assert largest_array(program.jaxpr) >= hidden[..., 0].size * 70

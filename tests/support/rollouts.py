@@ -20,11 +20,12 @@ def _run(graph, state, tokens_BT):
   output = nnx.merge(graph, state)(
     tokens_BT, segments_BT=jnp.ones_like(tokens_BT), record=True
   )
-  return output.logits, output.moe.experts_BTA
+  words_LBTW = output.gather("selection")
+  return output.logits, output.moe.experts_BTA, words_LBTW
 
 
 def forward(model):
-  """A function of tokens_BT to (logits_BTV, experts_LBTA)."""
+  """A function of tokens_BT to (logits_BTV, experts_LBTA, words_LBTW)."""
   graph, state = nnx.split(model)
   return lambda tokens_BT: jax.device_get(_run(graph, state, tokens_BT))
 
@@ -36,6 +37,18 @@ def nucleus(logits_V, top_p):
   order = np.argsort(-chance_V, kind="stable")
   before = np.cumsum(chance_V[order]) - chance_V[order]
   return np.sort(order[before < top_p])
+
+
+def selected_keys(words_LBTW, top_k):
+  """Lists of the keys in packed masks, padded with -1."""
+  keys = np.full((*words_LBTW.shape[:-1], top_k), -1, np.int32)
+  for place in np.ndindex(keys.shape[:-1]):
+    words_W = words_LBTW[place]
+    found = [
+      s for s in range(32 * len(words_W)) if words_W[s // 32] >> s % 32 & 1
+    ]
+    keys[place][: len(found)] = found
+  return keys
 
 
 def rollout(model, *, rows=4, length=13, top_p=1.0, temperature=1.0, seed=0):
@@ -50,7 +63,7 @@ def rollout(model, *, rows=4, length=13, top_p=1.0, temperature=1.0, seed=0):
   logp_BT = np.zeros((rows, length))
   kept = [[None] * length for _ in range(rows)]
   for place in range(PROMPT, length):
-    logits_BTV, _ = run(tokens_BT)
+    logits_BTV, *_ = run(tokens_BT)
     for row in range(rows):
       logits_V = np.float64(logits_BTV[row, place - 1]) / temperature
       ids = nucleus(logits_V, top_p)
@@ -60,7 +73,8 @@ def rollout(model, *, rows=4, length=13, top_p=1.0, temperature=1.0, seed=0):
       tokens_BT[row, place] = ids[drawn]
       logp_BT[row, place] = np.log(chance[drawn])
       kept[row][place] = ids if top_p < 1 else None
-  _, experts_LBTA = run(tokens_BT)
+  _, experts_LBTA, words_LBTW = run(tokens_BT)
+  selection_LBTS = selected_keys(words_LBTW, model.config.index_top_k)
   return [
     replay.Trajectory(
       token_ids_N=tokens_BT[row],
@@ -68,6 +82,7 @@ def rollout(model, *, rows=4, length=13, top_p=1.0, temperature=1.0, seed=0):
       logp_N=logp_BT[row],
       kept=kept[row],
       experts_LNA=experts_LBTA[:, row, :-1],
+      selection_LNS=selection_LBTS[:, row, :-1],
     )
     for row in range(rows)
   ]
