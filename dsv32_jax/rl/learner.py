@@ -20,6 +20,7 @@ from dsv32_jax.model import moe
 from dsv32_jax.model import transformer
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import logprobs
+from dsv32_jax.rl import microbatches as microbatches_lib
 from dsv32_jax.rl import replay as replay_lib
 from dsv32_jax.training import losses
 from dsv32_jax.training import optimizer as optimizer_lib
@@ -94,6 +95,27 @@ class LearnerConfig:
   def kl_weight(self, domain: str) -> float:
     """The weight of a domain's KL."""
     return dict(self.domain_kl_weights).get(domain, self.grpo.kl_weight)
+
+
+class Totals(NamedTuple):
+  """What losses of a batch are divided by, over all its microbatches."""
+
+  written: jax.Array
+  further_targets: jax.Array
+  tokens: jax.Array
+  microbatches: int
+
+
+def totals(batch, microbatches: int = 1) -> Totals:
+  """Counts the tokens of a whole batch."""
+  tokens = batch.batch
+  _, further_BT = losses.mtp_targets(tokens.targets_BT, tokens.loss_mask_BT)
+  return Totals(
+    written=jnp.maximum(jnp.sum(tokens.loss_mask_BT), 1.0),
+    further_targets=jnp.maximum(jnp.sum(further_BT), 1.0),
+    tokens=jnp.maximum(jnp.sum(tokens.segments_BT > 0), 1).astype(jnp.float32),
+    microbatches=microbatches,
+  )
 
 
 class Reference(NamedTuple):
@@ -171,13 +193,23 @@ def make_reference_scorer(graph, config: LearnerConfig):
   return fill
 
 
-def rl_loss(model: transformer.Transformer, batch, config, *, remat=None):
+def rl_loss(
+  model: transformer.Transformer, batch, config, *, per=None, remat=None
+):
   """The stage's weighted losses on a replay batch.
+
+  Args:
+    model: the policy.
+    batch: ReplayBatch, or a piece of one.
+    config: LearnerConfig.
+    per: Totals of the whole batch; default: of `batch`.
+    remat: rematerialisation of a layer, or None.
 
   Returns:
     The scalar loss, and (metrics, load_LE) as of `step.stage_loss`.
   """
   stage = config.stage
+  per = per or totals(batch)
   output, logp_BT, entropy_BT = policy_forward(
     model, batch, config, routing=config.keep_routing, remat=remat
   )
@@ -192,16 +224,15 @@ def rl_loss(model: transformer.Transformer, batch, config, *, remat=None):
     kl_weight_B=batch.kl_weight_B,
     num_sequences=batch.num_sequences,
   )
-  written = jnp.maximum(jnp.sum(mask_BT), 1.0)
-  metrics["entropy"] = jnp.sum(entropy_BT * mask_BT) / written
+  metrics["entropy"] = jnp.sum(entropy_BT * mask_BT) / per.written
   metrics["policy_loss"] = policy_loss
   loss = stage.lm_weight * policy_loss
-  extra, found, load_LE = _other_losses(model, output, batch, stage, remat)
+  extra, found, load_LE = _other_losses(model, output, batch, stage, per, remat)
   loss += extra
   return loss, (metrics | found | {"loss": loss}, load_LE)
 
 
-def _other_losses(model, output, batch, stage, remat):
+def _other_losses(model, output, batch, stage, per, remat):
   """Indexer KL, multi-token prediction and balance, weighted."""
   tokens = batch.batch
   real_BT = tokens.segments_BT > 0
@@ -226,20 +257,20 @@ def _other_losses(model, output, batch, stage, remat):
         model.head.kernel[...],
         targets_BT,
         mask_BT,
-        jnp.maximum(jnp.sum(mask_BT), 1.0),
+        per.further_targets,
       )
       loss += stage.mtp_weight * value
       metrics["mtp_loss"] = value
   if stage.indexer_weight:
     kl_LBT = jnp.concatenate([part.kl_BT for part in parts])
-    real = jnp.maximum(jnp.sum(real_BT), 1).astype(jnp.float32)
-    value, found = losses.indexer_loss(kl_LBT, real_BT, real)
+    value, found = losses.indexer_loss(kl_LBT, real_BT, per.tokens)
     loss += stage.indexer_weight * value
     metrics |= found
   routed = [part for part in parts if part.balance is not None]
   load_LE = None
   if routed:
     balance = sum(jnp.sum(part.balance) for part in routed)
+    balance = balance / per.microbatches
     loss += stage.balance_weight * balance
     metrics["balance_loss"] = balance
     load_LE = jnp.concatenate([part.load_E for part in routed])
@@ -253,6 +284,7 @@ def make_learner_step(
   config: LearnerConfig,
   optimizer: optax.GradientTransformation,
   *,
+  microbatches: int = 1,
   remat=None,
 ):
   """Builds the jitted step.
@@ -261,6 +293,7 @@ def make_learner_step(
     graph: structure of the model, from step.init_state.
     config: objective, replay and stage.
     optimizer: as given to step.init_state.
+    microbatches: pieces the batch is cut into, one after the other.
     remat: rematerialisation of a layer, or None.
 
   Returns:
@@ -271,12 +304,14 @@ def make_learner_step(
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: step_lib.TrainState, batch: replay_lib.ReplayBatch):
-    def loss_of(trained):
-      model = step_lib.merge_model(graph, state._replace(trained=trained))
-      return rl_loss(model, batch, config, remat=remat)
+    per = totals(batch, microbatches)
 
-    gradients, (metrics, load_LE) = jax.grad(loss_of, has_aux=True)(
-      state.trained
+    def loss_of(trained, batch):
+      model = step_lib.merge_model(graph, state._replace(trained=trained))
+      return rl_loss(model, batch, config, per=per, remat=remat)
+
+    gradients, (metrics, load_LE) = microbatches_lib.accumulate(
+      jax.grad(loss_of, has_aux=True), state.trained, batch, microbatches
     )
     updates, optimizer_state = optimizer.update(
       gradients, state.optimizer, state.trained

@@ -154,7 +154,7 @@ def test_the_reference_is_masked_and_routes_by_itself(model, truncated):
   tolerances.assert_close(got, want, "float32")
 
 
-def take_steps(model, batch, config, steps=1, peak=1e-2):
+def take_steps(model, batch, config, steps=1, peak=1e-2, **kwargs):
   optimizer = stage_steps.make_optimizer(peak=peak, weight_decay=0.0)
   graph, state = step_lib.init_state(model, config.stage, optimizer)
   # The step gives its state up, and the model is the other tests' as well.
@@ -162,7 +162,7 @@ def take_steps(model, batch, config, steps=1, peak=1e-2):
   reference = learner.snapshot(state)
   before = jax.device_get(reference)
   batch = learner.make_reference_scorer(graph, config)(state, reference, batch)
-  step = learner.make_learner_step(graph, config, optimizer)
+  step = learner.make_learner_step(graph, config, optimizer, **kwargs)
   for _ in range(steps):
     state, metrics = step(state, batch)
   return graph, before, state, jax.device_get(metrics)
@@ -199,6 +199,7 @@ def test_a_frozen_indexer_stays(model, batch):
   assert np.any(new[kernel].get_value() != old[kernel].get_value())
 
 
+@pytest.mark.slow
 def test_mtp_and_router_bias_are_choices(model):
   with_mtp = models.tiny_model(num_layers=2, num_mtp_layers=1)
   batch = rollouts.pack(
@@ -287,14 +288,21 @@ def test_kl_weight_of_a_domain():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "axes",
-  [dict(data=2, expert=2, context=2), dict(fsdp=2, context=2, tensor=2)],
+  "axes, microbatches",
+  [
+    (dict(data=2, expert=2, context=2), 1),
+    (dict(fsdp=2, context=2, tensor=2), 2),
+  ],
 )
-def test_a_step_on_eight_devices_equals_one(model, axes):
+def test_a_step_on_eight_devices_equals_one(model, axes, microbatches):
   trajectories = rollouts.rollout(model, rows=8, length=17, top_p=0.7)
   batch = rollouts.pack(trajectories, model.config)
   moved = perturbed(model, bias=0.5, router=0.1)
-  *_, want = take_steps(moved, batch, CONFIG, peak=1e-3)
+  stage = dataclasses.replace(
+    learner.JOINT, balance_weight=1e-2, router_bias_speed=1e-3
+  )
+  config = dataclasses.replace(CONFIG, stage=stage)
+  _, _, want_state, want = take_steps(moved, batch, config, peak=1e-3)
   mesh = sharding.make_mesh(sharding.MeshConfig(**axes), jax.devices()[:8])
   with jax.set_mesh(mesh):
     graph, state = nnx.split(moved)
@@ -303,9 +311,22 @@ def test_a_step_on_eight_devices_equals_one(model, axes):
     placed = replay.place(batch, mesh)
     experts = placed.experts_LBTA
     assert experts.addressable_shards[0].data.size < experts.size
-    *_, got = take_steps(sharded, placed, CONFIG, peak=1e-3)
+    _, _, got_state, got = take_steps(
+      sharded,
+      placed,
+      config,
+      peak=1e-3,
+      microbatches=microbatches,
+      remat=jax.checkpoint,
+    )
   relative, absolute = tolerances.TOLERANCE["float32"]
+  assert set(got) == set(want) and want["loss"] != 0
   for name in want:
     np.testing.assert_allclose(
       got[name], want[name], relative, absolute, err_msg=name
     )
+  for one, other in zip(
+    jax.tree.leaves(got_state.router_bias),
+    jax.tree.leaves(want_state.router_bias),
+  ):
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(other))

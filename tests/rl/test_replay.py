@@ -10,6 +10,7 @@ import pytest
 
 from dsv32_jax.model import presets
 from dsv32_jax.rl import logprobs
+from dsv32_jax.rl import microbatches
 from dsv32_jax.rl import replay
 from tests.support import models
 from tests.support import tolerances
@@ -90,6 +91,26 @@ def kept_ids(kept, row, place):
 def test_the_shortest_length_that_fits():
   assert packed(trajectory(0, 9)).batch.tokens_BT.shape == (4, 8)
   assert packed(trajectory(0, 10)).batch.tokens_BT.shape == (4, 16)
+
+
+def test_pieces_of_a_batch_hold_its_rows():
+  whole = packed(*(trajectory(seed, 9) for seed in range(4)))
+  pieces = microbatches.cut(jax.tree.map(jnp.asarray, whole), 2)
+  for piece in range(2):
+    got = jax.tree.map(lambda x: x[piece], pieces)
+    rows = slice(2 * piece, 2 * piece + 2)
+    assert got.num_sequences == whole.num_sequences == 4
+    np.testing.assert_array_equal(got.experts_LBTA, whole.experts_LBTA[:, rows])
+    for name in ("old_logp_BT", "advantages_B", "kl_weight_B"):
+      np.testing.assert_array_equal(
+        getattr(got, name), getattr(whole, name)[rows]
+      )
+    np.testing.assert_array_equal(
+      got.batch.tokens_BT, whole.batch.tokens_BT[rows]
+    )
+    np.testing.assert_array_equal(got.kept.bits_BTW, whole.kept.bits_BTW[rows])
+  with pytest.raises(ValueError, match="do not divide by microbatches=3"):
+    microbatches.cut(whole, 3)
 
 
 def test_more_than_256_experts_take_two_bytes():

@@ -40,7 +40,9 @@ def nucleus(logits_V, top_p):
 
 
 def selected_keys(words_LBTW, top_k):
-  """Lists of the keys in packed masks, padded with -1."""
+  """Lists of the keys in packed masks, padded with -1; lists stay lists."""
+  if words_LBTW.dtype == np.int32:
+    return words_LBTW
   keys = np.full((*words_LBTW.shape[:-1], top_k), -1, np.int32)
   for place in np.ndindex(keys.shape[:-1]):
     words_W = words_LBTW[place]
