@@ -6,8 +6,8 @@ import numpy as np
 
 from dsv32_jax.generation import requests
 from dsv32_jax.model import config as config_lib
+from dsv32_jax.rl import config as rl_config
 from dsv32_jax.rl import grpo
-from dsv32_jax.rl import learner
 from dsv32_jax.rl import replay
 
 # N tokens of a trajectory, P prompts, G answers a prompt
@@ -41,7 +41,7 @@ def from_completion(
 def minibatches(
   groups: Sequence[Sequence[replay.Trajectory]],
   rewards: Sequence[Sequence[float]],
-  config: learner.LearnerConfig,
+  config: rl_config.LearnerConfig,
   model: config_lib.ModelConfig,
   *,
   lengths: Sequence[int],

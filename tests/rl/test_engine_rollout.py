@@ -10,6 +10,7 @@ import pytest
 
 from dsv32_jax.generation import engine as engine_lib
 from dsv32_jax.generation import requests
+from dsv32_jax.rl import config as rl_config
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import learner
 from dsv32_jax.rl import rollout
@@ -17,7 +18,7 @@ from tests.support import models
 
 # B batch, T tokens
 
-CONFIG = learner.LearnerConfig(
+CONFIG = rl_config.LearnerConfig(
   grpo=grpo.GrpoConfig(
     clip_low=0.2, clip_high=0.2, kl_weight=0.0, off_policy_threshold=0.1
   ),

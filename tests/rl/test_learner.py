@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsv32_jax import sharding
+from dsv32_jax.rl import config as rl_config
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import learner
 from dsv32_jax.rl import replay
@@ -25,7 +26,7 @@ MODEL = dict(num_layers=2, num_mtp_layers=0)
 GRPO = grpo.GrpoConfig(
   clip_low=0.2, clip_high=0.2, kl_weight=0.05, off_policy_threshold=None
 )
-CONFIG = learner.LearnerConfig(grpo=GRPO)
+CONFIG = rl_config.LearnerConfig(grpo=GRPO)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_keep_routing_trains_the_sampled_experts_only(model):
 
   def trained_experts(keep_routing):
     config = dataclasses.replace(
-      CONFIG, keep_routing=keep_routing, stage=learner.INDEXER_FROZEN
+      CONFIG, keep_routing=keep_routing, stage=rl_config.INDEXER_FROZEN
     )
 
     def loss(trained):
@@ -185,7 +186,7 @@ def test_a_step_moves_probability_towards_the_advantage(model, batch):
 
 
 def test_a_frozen_indexer_stays(model, batch):
-  config = dataclasses.replace(CONFIG, stage=learner.INDEXER_FROZEN)
+  config = dataclasses.replace(CONFIG, stage=rl_config.INDEXER_FROZEN)
   graph, _, state, metrics = take_steps(model, batch, config)
   new, old = (
     dict(nnx.to_flat_state(nnx.state(m)))
@@ -207,7 +208,10 @@ def test_mtp_and_router_bias_are_choices(model):
   )
   speed = 1e-3
   stage = dataclasses.replace(
-    learner.JOINT, mtp_weight=0.1, balance_weight=1e-4, router_bias_speed=speed
+    rl_config.JOINT,
+    mtp_weight=0.1,
+    balance_weight=1e-4,
+    router_bias_speed=speed,
   )
   config = dataclasses.replace(CONFIG, stage=stage)
   _, before, state, metrics = take_steps(with_mtp, batch, config)
@@ -231,7 +235,7 @@ def test_the_router_bias_of_an_idle_mtp_stays():
   batch = rollouts.pack(
     rollouts.rollout(with_mtp, rows=2, length=8), with_mtp.config
   )
-  stage = dataclasses.replace(learner.INDEXER_FROZEN, router_bias_speed=1e-3)
+  stage = dataclasses.replace(rl_config.INDEXER_FROZEN, router_bias_speed=1e-3)
   config = dataclasses.replace(CONFIG, stage=stage)
   _, before, state, _ = take_steps(with_mtp, batch, config)
   old = dict(nnx.to_flat_state(before.router_bias))
@@ -299,7 +303,7 @@ def test_a_step_on_eight_devices_equals_one(model, axes, microbatches):
   batch = rollouts.pack(trajectories, model.config)
   moved = perturbed(model, bias=0.5, router=0.1)
   stage = dataclasses.replace(
-    learner.JOINT, balance_weight=1e-2, router_bias_speed=1e-3
+    rl_config.JOINT, balance_weight=1e-2, router_bias_speed=1e-3
   )
   config = dataclasses.replace(CONFIG, stage=stage)
   _, _, want_state, want = take_steps(moved, batch, config, peak=1e-3)

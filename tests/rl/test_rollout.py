@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv32_jax.generation import requests
+from dsv32_jax.rl import config as rl_config
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import learner
 from dsv32_jax.rl import replay
@@ -20,7 +21,7 @@ from tests.support import stage_steps
 # N tokens of a trajectory, P prompts, G answers a prompt
 
 MODEL = models.tiny_config()
-CONFIG = learner.LearnerConfig(
+CONFIG = rl_config.LearnerConfig(
   grpo=grpo.GrpoConfig(
     clip_low=0.2, clip_high=0.2, kl_weight=0.1, off_policy_threshold=0.5
   ),
@@ -154,7 +155,7 @@ def test_a_policy_learns_what_is_rewarded():
   model = models.tiny_model(num_layers=2, num_mtp_layers=0)
   config = dataclasses.replace(
     CONFIG,
-    stage=learner.INDEXER_FROZEN,
+    stage=rl_config.INDEXER_FROZEN,
     minibatches=2,
     reference_every=5,
     drop_equal_groups=True,
