@@ -12,6 +12,7 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging as absl_logging
+import jax
 from ml_collections import config_dict
 from ml_collections import config_flags
 import numpy as np
@@ -43,6 +44,52 @@ def define_workdir_flag() -> None:
   """Defines --workdir=DIR, unless another program of this process did."""
   if "workdir" not in flags.FLAGS:
     flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
+
+
+def define_process_flags() -> None:
+  """Defines the flags by which several processes become one program."""
+  if "num_processes" in flags.FLAGS:
+    return
+  flags.DEFINE_bool(
+    "distributed", False, "Join the processes of a pod or a cluster's job."
+  )
+  flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where JAX cannot find it."
+  )
+  flags.DEFINE_integer("num_processes", None, "With --coordinator.")
+  flags.DEFINE_integer("process_id", None, "With --coordinator, from 0.")
+  flags.DEFINE_integer(
+    "heartbeat_seconds", 100, "After this silence a process counts as dead."
+  )
+
+
+def join_processes() -> None:
+  """Makes this process one of several, if the flags say so.
+
+  Call it before anything asks for devices. Should a process die, the others
+  end with an error once its heartbeat is missed.
+
+  Raises:
+    ValueError: if the flags do not fit together.
+  """
+  given = flags.FLAGS
+  count, number = given.num_processes, given.process_id
+  if given.coordinator is None:
+    if count is not None or number is not None:
+      raise ValueError("--num_processes and --process_id need --coordinator")
+    if not given.distributed:
+      return
+  elif count is None or number is None or not 0 <= number < count:
+    raise ValueError(
+      f"--coordinator={given.coordinator} needs --num_processes and a"
+      f" --process_id below it, not {count} and {number}"
+    )
+  jax.distributed.initialize(
+    given.coordinator,
+    count,
+    number,
+    heartbeat_timeout_seconds=given.heartbeat_seconds,
+  )
 
 
 def require_workdir() -> pathlib.Path:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dsv32_jax import config_files
 from dsv32_jax.training import metrics as metrics_lib
+from dsv32_jax.training import processes
 from dsv32_jax.training import run as run_lib
 from dsv32_jax.training import stop_signal
 
@@ -39,8 +40,13 @@ def train(
   try:
     start = run.resume()
     _write_config(config, workdir)
-    writer = metrics_lib.MetricsWriter(workdir, resume_step=start or None)
-    bar = metrics_lib.progress(config.steps, initial=start, title=title)
+    speaks = jax.process_index() == 0
+    writer = metrics_lib.SilentWriter()
+    if speaks:
+      writer = metrics_lib.MetricsWriter(workdir, resume_step=start or None)
+    bar = metrics_lib.progress(
+      config.steps, initial=start, title=title, shown=speaks
+    )
     with writer, bar, stop_signal.StopSignal() as stop:
       _loop(run, start, writer, bar, stop)
   finally:
@@ -97,24 +103,36 @@ def _check(run, step: int, metrics) -> None:
 def _write_config(config, workdir: str) -> None:
   """Writes config.json, or checks that the run there was the same.
 
+  Process 0 does, and all of them learn what it found.
+
   Raises:
     ValueError: naming a field that another run of this folder set otherwise.
   """
   path = os.path.join(workdir, "config.json")
-  now = config_files.dump(config)
-  if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      before = json.load(file)
-    for name in now:
-      if name not in _MAY_CHANGE and before.get(name) != now[name]:
-        raise ValueError(
-          f"{workdir} holds a run with another config.{name}; give a new"
-          " --workdir or the config of that run"
-        )
+  now, problem = config_files.dump(config), None
   if jax.process_index() == 0:
-    with open(path, "w", encoding="utf-8") as file:
-      json.dump(now, file, indent=2, sort_keys=True)
-      file.write("\n")
+    problem = _changed_field(path, now)
+    if problem is None:
+      with open(f"{path}.new", "w", encoding="utf-8") as file:
+        json.dump(now, file, indent=2, sort_keys=True)
+        file.write("\n")
+      os.replace(f"{path}.new", path)
+  problem = processes.gather(problem)[0]
+  if problem is not None:
+    raise ValueError(
+      f"{workdir} holds a run with another config.{problem}; give a new"
+      " --workdir or the config of that run"
+    )
+
+
+def _changed_field(path: str, now: dict) -> str | None:
+  """Names a field that differs from the file's and may not; else None."""
+  if not os.path.exists(path):
+    return None
+  with open(path, encoding="utf-8") as file:
+    before = json.load(file)
+  changed = (name for name in now if before.get(name) != now[name])
+  return next((name for name in changed if name not in _MAY_CHANGE), None)
 
 
 # What a run may be continued with: it changes no number of the result.

@@ -110,6 +110,22 @@ class MetricsWriter:
     file.flush()
 
 
+class SilentWriter:
+  """What the other processes of a run write: nothing."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    pass
+
+  def write(self, step: int, values: Mapping[str, Any], name: str = "train"):
+    """Drops a row."""
+    del step, values, name
+
+  write_timings = write
+
+
 def read_rows(path) -> list[dict[str, Any]]:
   """Reads a file that `MetricsWriter` wrote, NaN and infinities as floats.
 
@@ -141,7 +157,9 @@ def scalar(key: str, value: Any) -> int | float:
   return float(item)
 
 
-def progress(total: int, *, initial: int = 0, title: str = "") -> tqdm.tqdm:
+def progress(
+  total: int, *, initial: int = 0, title: str = "", shown: bool = True
+) -> tqdm.tqdm:
   """Returns a progress bar on stderr; `update(1)` after each of `total` steps.
 
   On a terminal it moves twice a second; in a log it adds a line now and then.
@@ -155,6 +173,7 @@ def progress(total: int, *, initial: int = 0, title: str = "") -> tqdm.tqdm:
     dynamic_ncols=True,
     mininterval=0.5 if interactive else 15.0,
     ascii=True,
+    disable=not shown,
   )
 
 

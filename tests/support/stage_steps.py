@@ -51,12 +51,14 @@ def one_step(
   microbatches=1,
   optimizer=None,
   remat=None,
+  with_state=True,
   **model_changes,
 ):
   """Takes steps of a stage from the same fresh model.
 
   Returns:
-    The metrics of the last step and the model's state afterwards, on the host.
+    The metrics of the last step and the model's state afterwards, on the host;
+    None for the state where it is not wanted, as among several processes.
   """
   mesh_config = mesh_config or sharding.MeshConfig()
   sizes = dataclasses.asdict(mesh_config).values()
@@ -68,7 +70,9 @@ def one_step(
   with jax.set_mesh(mesh):
     graph, state = nnx.split(model)
     layout = jax.tree.map(lambda x: x.sharding, sharding.placed(state, mesh))
-    model = nnx.merge(graph, jax.device_put(state, layout))
+    # From the host, which may be one of several.
+    state = jax.device_put(jax.device_get(state), layout)
+    model = nnx.merge(graph, state)
     graph, state = placement.first_state(model, stage, optimizer, mesh)
     step = step_lib.make_step(
       graph, stage, optimizer, microbatches=microbatches, remat=remat
@@ -78,7 +82,9 @@ def one_step(
     )
     for _ in range(steps):
       state, metrics = step(state, placed)
-    final = nnx.state(step_lib.merge_model(graph, state))
+    final = None
+    if with_state:
+      final = nnx.state(step_lib.merge_model(graph, state))
   return jax.device_get(metrics), jax.device_get(final)
 
 
