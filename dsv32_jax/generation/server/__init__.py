@@ -1,0 +1,1 @@
+"""Parts of a server that answers requests with text as it is drawn."""
