@@ -1,0 +1,138 @@
+"""Steps an engine in one thread; any other thread may ask of it."""
+
+from collections.abc import Callable
+from concurrent import futures
+import queue
+import threading
+
+from dsv32_jax.generation import requests as requests_lib
+
+# Given each event of a request, or the failure that ended it; called in the
+# runner's thread, so it must only hand the value on.
+Deliver = Callable[[requests_lib.TokenEvent | Exception], None]
+
+
+class NotAcceptingError(RuntimeError):
+  """The runner drains, has failed, or holds as many requests as it may."""
+
+
+class Runner:
+  """Owns an engine's thread.
+
+  Attributes:
+    failure: what the engine raised in a step, or None; it serves no more.
+  """
+
+  def __init__(self, engine, *, max_requests: int):
+    """Starts the thread.
+
+    Args:
+      engine: with `submit`, `step`, `cancel` and `has_work`.
+      max_requests: live at once, queued ones included.
+
+    Raises:
+      ValueError: max_requests is not positive.
+    """
+    if max_requests < 1:
+      raise ValueError(f"{max_requests=} must be positive")
+    self.failure: Exception | None = None
+    self._engine, self._max_requests = engine, max_requests
+    self._calls: queue.SimpleQueue = queue.SimpleQueue()
+    self._live: dict[str, Deliver] = {}
+    self._lock = threading.Lock()
+    self._draining = False
+    self._thread = threading.Thread(
+      target=self._run, name="engine", daemon=True
+    )
+    self._thread.start()
+
+  def submit(
+    self, request: requests_lib.Request, deliver: Deliver
+  ) -> futures.Future:
+    """Asks for a request.
+
+    Returns:
+      A future of the request's id; it raises the engine's ValueError.
+
+    Raises:
+      NotAcceptingError: the runner drains or has failed.
+    """
+    return self._ask(lambda: self._submit(request, deliver))
+
+  def cancel(self, request_id: str) -> None:
+    """Ends a request, if it still runs; its pages are free soon after."""
+    try:
+      self._ask(lambda: self._cancel(request_id))
+    except NotAcceptingError:
+      with self._lock:
+        if self._thread.is_alive():
+          self._calls.put((futures.Future(), lambda: self._cancel(request_id)))
+
+  def drain(self, timeout_s: float | None = None) -> bool:
+    """Takes no more requests and waits for those that run.
+
+    Returns:
+      Whether all have ended.
+    """
+    with self._lock:
+      if not self._draining:
+        self._draining = True
+        self._calls.put((futures.Future(), lambda: None))
+    self._thread.join(timeout_s)
+    return not self._thread.is_alive()
+
+  def _ask(self, call) -> futures.Future:
+    answer = futures.Future()
+    with self._lock:
+      if self._draining:
+        raise NotAcceptingError("the server is shutting down")
+      self._calls.put((answer, call))
+    return answer
+
+  def _submit(self, request, deliver):
+    if len(self._live) >= self._max_requests:
+      raise NotAcceptingError(f"{len(self._live)} requests are live")
+    request_id = self._engine.submit(request)
+    self._live[request_id] = deliver
+    return request_id
+
+  def _cancel(self, request_id):
+    if request_id in self._live:
+      self._engine.cancel(request_id)
+
+  def _run(self):
+    while True:
+      # Sleeps only where nothing runs and nothing was asked.
+      idle = not self._engine.has_work
+      if idle and self._draining and self._calls.empty():
+        return
+      self._answer(wait=idle)
+      try:
+        events = self._engine.step() if self._engine.has_work else []
+      except Exception as error:
+        self._fail(error)
+        return
+      for event in events:
+        deliver = self._live[event.request_id]
+        if event.finish_reason is not None:
+          del self._live[event.request_id]
+        deliver(event)
+
+  def _answer(self, wait: bool):
+    while wait or not self._calls.empty():
+      answer, call = self._calls.get()
+      wait = False
+      try:
+        answer.set_result(call())
+      except (ValueError, NotAcceptingError) as error:
+        answer.set_exception(error)
+
+  def _fail(self, error: Exception):
+    with self._lock:
+      self.failure, self._draining = error, True
+    while not self._calls.empty():
+      answer, _ = self._calls.get()
+      answer.set_exception(NotAcceptingError("the engine has failed"))
+    for deliver in self._live.values():
+      deliver(error)
+    self._live.clear()

@@ -1,0 +1,111 @@
+"""The engine's thread under many callers, on an engine that counts pages."""
+
+import queue
+
+import pytest
+
+from dsv32_jax.generation import requests
+from dsv32_jax.generation.server import runner as runner_lib
+
+
+class FakeEngine:
+  """Draws 0, 1, 2, ... and holds a page for each live request."""
+
+  def __init__(self, fail_at=None):
+    self.pages, self.ended, self.steps = {}, [], 0
+    self.fail_at = fail_at
+
+  @property
+  def has_work(self):
+    return bool(self.pages or self.ended)
+
+  def submit(self, request):
+    if not request.prompt_ids:
+      raise ValueError("the prompt is empty")
+    self.pages[request.request_id] = [0, request.sampling.max_tokens]
+    return request.request_id
+
+  def cancel(self, request_id):
+    del self.pages[request_id]
+    self.ended.append(request_id)
+
+  def step(self):
+    self.steps += 1
+    if self.steps == self.fail_at:
+      raise RuntimeError("device lost")
+    events = [event(one, None, "cancelled") for one in self.ended]
+    self.ended.clear()
+    for one, (drawn, limit) in list(self.pages.items()):
+      last = drawn + 1 == limit
+      events.append(event(one, drawn, "length" if last else None))
+      self.pages[one][0] += 1
+      if last:
+        del self.pages[one]
+    return events
+
+
+def event(request_id, token_id, reason):
+  return requests.TokenEvent(
+    request_id=request_id, token_id=token_id, logprob=0.0, finish_reason=reason
+  )
+
+
+def request(name, max_tokens=5, prompt=(1,)):
+  sampling = requests.SamplingParameters(max_tokens=max_tokens)
+  return requests.Request(
+    prompt_ids=prompt, sampling=sampling, request_id=str(name)
+  )
+
+
+def test_hundreds_of_requests_of_which_some_vanish():
+  engine = FakeEngine()
+  runner = runner_lib.Runner(engine, max_requests=400)
+  boxes = [queue.SimpleQueue() for _ in range(300)]
+  for index, box in enumerate(boxes):
+    # One in three never ends by itself.
+    long = 10**9 if index % 3 == 0 else 7
+    runner.submit(request(index, long), box.put).result(10)
+  for index in range(0, 300, 3):
+    runner.cancel(str(index))
+  assert runner.drain(30)
+  for index, box in enumerate(boxes):
+    events = []
+    while not box.empty():
+      events.append(box.get())
+    reasons = [one.finish_reason for one in events]
+    assert reasons[-1] == ("length" if index % 3 else "cancelled")
+    assert set(reasons[:-1]) <= {None}
+    if index % 3:
+      assert [one.token_id for one in events] == list(range(7))
+  assert not engine.pages
+
+
+def test_a_refused_request_and_a_full_house_leave_the_rest_alone():
+  runner = runner_lib.Runner(FakeEngine(), max_requests=1)
+  box = queue.SimpleQueue()
+  with pytest.raises(ValueError, match="empty"):
+    runner.submit(request("a", prompt=()), box.put).result(10)
+  runner.submit(request("b", 10**9), box.put).result(10)
+  with pytest.raises(runner_lib.NotAcceptingError, match="live"):
+    runner.submit(request("c"), box.put).result(10)
+  assert not runner.drain(0.05)
+  with pytest.raises(runner_lib.NotAcceptingError, match="shutting"):
+    runner.submit(request("d"), box.put)
+  runner.cancel("b")
+  assert runner.drain(10)
+
+
+def test_a_failure_of_the_engine_reaches_every_request():
+  runner = runner_lib.Runner(FakeEngine(fail_at=3), max_requests=9)
+  box = queue.SimpleQueue()
+  runner.submit(request("a", 10**9), box.put).result(10)
+  got = [box.get(timeout=10) for _ in range(3)]
+  assert str(got[-1]) == "device lost" and runner.drain(10)
+  assert runner.failure is got[-1]
+  with pytest.raises(runner_lib.NotAcceptingError):
+    runner.submit(request("b"), box.put)
+
+
+def test_max_requests_is_checked():
+  with pytest.raises(ValueError, match="max_requests"):
+    runner_lib.Runner(FakeEngine(), max_requests=0)
