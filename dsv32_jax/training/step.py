@@ -250,15 +250,19 @@ def _accumulate(gradient, trained, batch, microbatches):
 
 
 def _move_bias(bias_state, load_LE, speed):
-  """Updates every router's bias; the multi-token prediction's load is last."""
+  """Updates every router's bias; the multi-token prediction's load is last.
+
+  Where that module has not run it has no load, and its bias stays.
+  """
+  flat = nnx.to_flat_state(bias_state)
+  layers = max(v.get_value().shape[0] for path, v in flat if "mtp" not in path)
 
   def move(path, variable):
-    value = variable.get_value()
+    load = load_LE[:layers]
     if "mtp" in path:
+      if load_LE.shape[0] == layers:
+        return variable
       load = load_LE[-1]
-    else:
-      load = load_LE[: value.shape[0]]
-    return variable.replace(moe.update_bias(value, load, speed))
+    return variable.replace(moe.update_bias(variable.get_value(), load, speed))
 
-  flat = nnx.to_flat_state(bias_state)
   return nnx.from_flat_state([(path, move(path, v)) for path, v in flat])

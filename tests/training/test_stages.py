@@ -4,6 +4,7 @@ import dataclasses
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -147,3 +148,18 @@ def test_a_warmup_that_is_none_is_refused(changes, message):
 def test_controls_have_no_indexer_loss():
   with pytest.raises(ValueError, match="no part in it"):
     dataclasses.replace(stages.SPARSE, select="window")
+
+
+@pytest.mark.parametrize("mtp_ran", [True, False])
+def test_the_bias_of_a_module_that_did_not_run_stays(mtp_ran):
+  state = nnx.State(
+    {
+      "moe_layers": {"bias": nnx.Param(jnp.zeros((2, 4)))},
+      "mtp": {"bias": nnx.Param(jnp.zeros(4))},
+    }
+  )
+  load_LE = jnp.array([[4.0, 0, 0, 0], [0, 4, 0, 0], [0, 0, 4, 0]])
+  moved = step_lib._move_bias(state, load_LE[: 2 + mtp_ran], 1.0)
+  wanted = np.sign(1.0 - np.asarray(load_LE))
+  np.testing.assert_array_equal(moved["moe_layers"]["bias"][...], wanted[:2])
+  np.testing.assert_array_equal(moved["mtp"]["bias"][...], wanted[2] * mtp_ran)
