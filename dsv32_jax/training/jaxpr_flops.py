@@ -2,9 +2,10 @@
 
 Read from its jaxpr: recomputation, padding and hidden tiles included, so what a
 program costs beside what `flops` says its mathematics needs. Scans count as
-often as they run, a `shard_map` once a device, a Pallas kernel once a step of
-its grid. Of branches the dearest counts, so a skipped tile is not credited; a
-loop that runs as often as the data need counts once.
+often as they run, a `shard_map` once a device, a Pallas kernel as it estimates
+itself or else once a step of its grid. Of branches the dearest counts, so a
+skipped tile is not credited; a loop that runs as often as the data need counts
+once.
 """
 
 import math
@@ -47,6 +48,8 @@ def _count_equation(equation) -> float:
     axes, mesh = params["newly_manual_axes"], params["mesh"]
     return math.prod(mesh.shape[axis] for axis in axes) * inner
   if name == "pallas_call":
+    if params["cost_estimate"] is not None:
+      return params["cost_estimate"].flops
     return math.prod(params["grid_mapping"].grid) * inner
   return inner
 

@@ -83,6 +83,9 @@ def forward(
       jax.ShapeDtypeStruct((heads, slots_BT.size, LANES), jnp.float32),
     ),
     compiler_params=compiler_params(),
+    cost_estimate=tpu_tiles.cost(
+      sizes, heads, (query_BTHQ.shape[3], value_BSGV.shape[3])
+    ),
     interpret=interpret,
     name="masked_attention_forward",
   )(

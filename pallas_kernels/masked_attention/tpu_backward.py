@@ -120,6 +120,10 @@ def _call(arrays, statistics, visible, scale, dtypes, interpret):
       jax.ShapeDtypeStruct((blocks, columns, value_width), dtypes[1]),
     ),
     compiler_params=tpu.compiler_params(),
+    # Scores, d_weight, and the gradients of query, key and value.
+    cost_estimate=tpu_tiles.cost(
+      sizes, heads, (width, value_width, width, width, value_width)
+    ),
     interpret=interpret,
     name="masked_attention_backward",
   )(

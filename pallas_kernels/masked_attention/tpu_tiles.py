@@ -75,6 +75,26 @@ def choose_sizes(query_shape, num_keys, queries, keys, heads):
   )
 
 
+def cost(sizes, heads, widths, item_bytes=2):
+  """Estimates a kernel that visits every tile; which are hidden, data tell.
+
+  Args:
+    sizes: the tiles.
+    heads: query heads in all.
+    widths: of each product of a pair of tiles.
+    item_bytes: of an entry of the operands.
+  """
+  rows = sizes.batch * sizes.query_tiles * sizes.queries
+  pairs = heads * rows * sizes.key_tiles * sizes.keys
+  steps = heads * rows // sizes.queries
+  columns = sizes.key_tiles * sizes.keys
+  return pl.CostEstimate(
+    flops=2 * pairs * sum(widths),
+    transcendentals=pairs,
+    bytes_accessed=item_bytes * steps * columns * sum(widths[:2]),
+  )
+
+
 def head_major(array_BTHX, tiles, size):
   """Pads T to `tiles` of `size` and brings heads to the front: [H,B*T,X]."""
   length, heads, width = array_BTHX.shape[1:]

@@ -12,6 +12,7 @@ from dsv32_jax.training import ahead
 from dsv32_jax.training import estimate
 from dsv32_jax.training import hlo
 from dsv32_jax.training import jaxpr_flops
+from pallas_kernels import masked_attention
 from pallas_kernels import sparse_mla
 
 P = jax.P
@@ -175,6 +176,28 @@ def test_products_of_a_kernel_count():
   # The rotary part fills half a register, which is multiplied whole.
   wanted = 2 * queries * 128 * heads * ((latent + 128) + latent)
   assert wanted <= found <= 1.2 * wanted
+
+
+def test_products_of_a_kernel_whose_grid_the_data_tell():
+  """Masked attention, forward and backward: seven products of every pair."""
+  heads, length, width, value = 2, 256, 192, 128
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+  def attend(query, key, value, slots):
+    out, _ = masked_attention.masked_attention(
+      query, key, value, slots, scale=1.0, implementation="tpu"
+    )
+    return out.astype(jnp.float32).sum()
+
+  found = flops(
+    jax.grad(attend, (0, 1, 2)),
+    array(1, length, heads, width),
+    array(1, length, heads, width),
+    array(1, length, heads, value),
+    jax.ShapeDtypeStruct((1, length), jnp.int32),
+  )
+  pairs = heads * length * length
+  assert found == 2 * pairs * ((width + value) + (3 * width + 2 * value))
 
 
 def test_an_estimate_adds_products_and_exchange():
