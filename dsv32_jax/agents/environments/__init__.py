@@ -1,0 +1,1 @@
+"""Environments of every family behind one protocol."""

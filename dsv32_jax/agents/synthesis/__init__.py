@@ -1,0 +1,1 @@
+"""Synthesis of agentic tasks: environments, tools, tasks and verifiers."""

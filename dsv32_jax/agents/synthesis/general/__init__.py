@@ -1,0 +1,1 @@
+"""General agents: databases behind tools, hard to solve, easy to verify."""
