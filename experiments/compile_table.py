@@ -18,10 +18,11 @@ from absl import flags
 from experiments import common
 from experiments import readme_block
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the reports.")
-_README = flags.DEFINE_string(
-  "readme", None, "File whose block of results is replaced."
-)
+common.define_workdir_flag()
+if "readme" not in flags.FLAGS:
+  flags.DEFINE_string(
+    "readme", None, "File whose block of results is replaced."
+  )
 _AGAIN = flags.DEFINE_bool("again", False, "Compile what is there already.")
 
 BEGIN, END = "<!-- pods: begin -->", "<!-- pods: end -->"
@@ -74,18 +75,17 @@ _HEAD = (
 
 def main(argv):
   del argv
-  if _README.value is not None:
-    readme_block.split(pathlib.Path(_README.value), BEGIN, END)
-  folder = pathlib.Path(_WORKDIR.value)
-  folder.mkdir(parents=True, exist_ok=True)
+  if flags.FLAGS.readme is not None:
+    readme_block.split(pathlib.Path(flags.FLAGS.readme), BEGIN, END)
+  folder = common.require_workdir()
   rows = [row(target, _report(target, folder)) for target in TARGETS]
   table = "\n".join(
     "| " + " | ".join(cells) + " |"
     for cells in (_HEAD, ("---",) * len(_HEAD), *rows)
   )
   print(table)
-  if _README.value is not None:
-    readme_block.replace(pathlib.Path(_README.value), BEGIN, END, table)
+  if flags.FLAGS.readme is not None:
+    readme_block.replace(pathlib.Path(flags.FLAGS.readme), BEGIN, END, table)
 
 
 def row(target: Target, report: dict) -> tuple[str, ...]:

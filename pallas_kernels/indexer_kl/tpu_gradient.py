@@ -116,6 +116,7 @@ def _call(sizes, interpret, scale, inputs, tables, rows_B8T):
       dimension_semantics=("arbitrary",) * 4,
       vmem_limit_bytes=tiles.VMEM_BYTES,
     ),
+    cost_estimate=tiles.cost(inputs, 3),
     interpret=interpret,
     name="indexer_kl_gradients",
   )(*tables, *inputs, *extra, d_key_BSK)

@@ -170,6 +170,24 @@ def grid(sizes):
   return (sizes.batch, sizes.query_tiles, sizes.key_tiles, sizes.head_groups)
 
 
+def cost(inputs, index_products):
+  """Estimates a kernel that needs every tile; which it does, the data tell.
+
+  Args:
+    inputs: its `Inputs`.
+    index_products: of each index head and pair: 1 for scores, 3 with gradients.
+  """
+  batch, heads, width, queries = inputs.query_BHQT.shape
+  index_heads, index_width = inputs.index_query_BIKT.shape[1:3]
+  pairs = batch * queries * inputs.index_key_BSK.shape[1]
+  index = index_products * index_heads * index_width
+  return pl.CostEstimate(
+    flops=2 * pairs * (heads * width + index),
+    transcendentals=pairs * (heads + index_products),
+    bytes_accessed=sum(x.size * x.dtype.itemsize for x in inputs),
+  )
+
+
 def input_specs(sizes, inputs):
   """Returns the block specifications of `Inputs`, in order.
 

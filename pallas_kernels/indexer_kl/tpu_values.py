@@ -43,6 +43,7 @@ def values(sizes, interpret, scale, inputs, tables):
       dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
       vmem_limit_bytes=tiles.VMEM_BYTES,
     ),
+    cost_estimate=tiles.cost(inputs, 1),
     interpret=interpret,
     name="indexer_kl_values",
   )(*tables, *inputs)
