@@ -100,7 +100,7 @@ pods:
 
 compile-pods: $(STAMP)
 	$(BIN)/python -m experiments.compile_table --workdir=runs/pods \
-	  --readme=README.md $(ARGS)
+	  --write_to=README.md $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

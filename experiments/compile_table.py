@@ -1,6 +1,6 @@
 """The 671B model compiled for pods that are not there, as a table.
 
-python -m experiments.compile_table --workdir=DIR --readme=README.md
+python -m experiments.compile_table --workdir=DIR --write_to=README.md
 
 Runs `experiments.compile_for` for each of TARGETS, one after the other (five
 minutes and 9 GB each on two cores), keeps its report in DIR and reads it from
@@ -19,10 +19,9 @@ from experiments import common
 from experiments import readme_block
 
 common.define_workdir_flag()
-if "readme" not in flags.FLAGS:
-  flags.DEFINE_string(
-    "readme", None, "File whose block of results is replaced."
-  )
+_WRITE_TO = flags.DEFINE_string(
+  "write_to", None, "README whose block of results is replaced."
+)
 _AGAIN = flags.DEFINE_bool("again", False, "Compile what is there already.")
 
 BEGIN, END = "<!-- pods: begin -->", "<!-- pods: end -->"
@@ -75,8 +74,8 @@ _HEAD = (
 
 def main(argv):
   del argv
-  if flags.FLAGS.readme is not None:
-    readme_block.split(pathlib.Path(flags.FLAGS.readme), BEGIN, END)
+  if _WRITE_TO.value is not None:
+    readme_block.split(pathlib.Path(_WRITE_TO.value), BEGIN, END)
   folder = common.require_workdir()
   rows = [row(target, _report(target, folder)) for target in TARGETS]
   table = "\n".join(
@@ -84,8 +83,8 @@ def main(argv):
     for cells in (_HEAD, ("---",) * len(_HEAD), *rows)
   )
   print(table)
-  if flags.FLAGS.readme is not None:
-    readme_block.replace(pathlib.Path(flags.FLAGS.readme), BEGIN, END, table)
+  if _WRITE_TO.value is not None:
+    readme_block.replace(pathlib.Path(_WRITE_TO.value), BEGIN, END, table)
 
 
 def row(target: Target, report: dict) -> tuple[str, ...]:
