@@ -56,12 +56,14 @@ def draw_rows(domain: schema.Domain, rng: random.Random) -> Rows:
     ]
   for grid in domain.grids:
     axes = [_axis(domain, rows, source) for _, source in grid.axes]
-    rows[grid.name] = [
-      {column: value for (column, _), value in zip(grid.axes, values)}
-      | {c.name: draw_value(c, domain, 0.5, rng) for c in grid.columns}
-      for values in itertools.product(*axes)
-      if len(set(values)) == len(values)
-    ]
+    rows[grid.name] = []
+    for values in itertools.product(*axes):
+      if len(set(values)) < len(values):
+        continue
+      row = {column: value for (column, _), value in zip(grid.axes, values)}
+      for column in grid.columns:
+        row[column.name] = draw_value(column, domain, 0.5, rng)
+      rows[grid.name].append(row | grid.derive(row))
   return rows
 
 
@@ -137,7 +139,7 @@ def _draw_row(domain, table, parent, taken, rng):
   quality = rng.random()
   for column in table.columns:
     row[column.name] = draw_value(column, domain, quality, rng)
-  return row
+  return row | table.known.get(name, {})
 
 
 def _axis(domain, rows, source):

@@ -1,5 +1,6 @@
 """Trip planning, and the domains of places, health, learning and homes."""
 
+from dsv32_jax.agents.synthesis.general import china
 from dsv32_jax.agents.synthesis.general import domains_more
 from dsv32_jax.agents.synthesis.general import schema
 from dsv32_jax.agents.synthesis.general import words
@@ -18,12 +19,13 @@ TRIP = Domain(
       plural="cities",
       rows=(8, 10),
       pattern="{0}",
-      words=(words.CHINESE_CITIES,),
+      words=(tuple(china.CITIES),),
       columns=(
-        number("population", 60, 2400, 10, "ten thousand people"),
-        choice("region", "east", "south", "central", "west"),
-        choice("cuisine", "Zhejiang", "Jiangsu", "Anhui", "Sichuan", "Hunan"),
+        number("population", 3.0, 33.0, 0.1, "million"),
+        choice("region", *china.REGIONS),
+        choice("climate", *china.CLIMATES),
       ),
+      known=china.CITIES,
     ),
     Table(
       name="hotel",
@@ -91,12 +93,13 @@ TRIP = Domain(
       name="inter_city_transport",
       axes=(("from_city", "city"), ("to_city", "city")),
       columns=(
-        number("train_hours", 0.5, 8, 0.5, "hours"),
-        number("train_price", 30, 620, 10, "CNY"),
+        number("train_hours", 0.5, 14, 0.5, "hours"),
+        number("train_price", 20, 1200, 10, "CNY"),
         number("trains_a_day", 2, 60),
       ),
       tool="get_inter_city_transport",
       description="Tells about trains from one city to another.",
+      derive=china.train,
     ),
     Grid(
       name="weather",

@@ -5,9 +5,9 @@ table, the name of its parent, and its columns. A grid holds one row for each
 combination of its axes, such as a pair of cities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ class Table:
     words: lists of words.
     columns: of the table, besides name and parent.
     parent: name of the table above.
+    known: by name, true values of some columns, which are not drawn.
   """
 
   name: str
@@ -65,6 +66,9 @@ class Table:
   words: Sequence[Sequence[str]]
   columns: Sequence[Column]
   parent: str | None = None
+  known: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def column(self, name: str) -> Column:
     return next(column for column in self.columns if column.name == name)
@@ -80,6 +84,7 @@ class Grid:
     columns: values.
     tool: name of the tool that looks rows up.
     description: of the tool.
+    derive: from a row's axes, true values of some columns.
   """
 
   name: str
@@ -87,6 +92,7 @@ class Grid:
   columns: Sequence[Column]
   tool: str
   description: str
+  derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda row: {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +126,11 @@ class Domain:
 
   def children(self, name: str) -> list[Table]:
     return [table for table in self.tables if table.parent == name]
+
+
+def article(noun: str) -> str:
+  """Returns the noun with a or an."""
+  return f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
 
 
 def number(name, low, high, step=1, unit="", grade=0.0, optional=False):

@@ -5,11 +5,6 @@ def _words(text: str) -> tuple[str, ...]:
   return tuple(text.split())
 
 
-CHINESE_CITIES = _words(
-  "Hangzhou Suzhou Shanghai Nanjing Ningbo Shaoxing Wuxi Changzhou Huzhou"
-  " Jiaxing Yangzhou Hefei Wuhan Changsha Nanchang Xiamen Fuzhou Qingdao"
-  " Jinan Chengdu Chongqing Xi'an Guilin Kunming"
-)
 CITIES = _words(
   "Lisbon Porto Seville Valencia Lyon Nantes Ghent Utrecht Bremen Leipzig"
   " Graz Linz Brno Gdansk Riga Tartu Turku Bergen Aarhus Uppsala Leeds"
