@@ -209,7 +209,8 @@ def _statement(domain, query):
     f"\n({place}) {condition.text(domain)}"
     for place, condition in enumerate(query.conditions, 1)
   )
-  return f"{domain.setting} {ask} The conditions on {schema.article(table.name)}:{listed}"
+  subject = schema.article(table.name)
+  return f"{domain.setting} {ask} The conditions on {subject}:{listed}"
 
 
 def gather(domain, target, conditions, columns, toolset) -> list[str]:

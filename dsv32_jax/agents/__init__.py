@@ -1,0 +1,1 @@
+"""Agents: chat encoding, conversations as tokens, tools, episodes, context."""
