@@ -1,4 +1,4 @@
-"""The chat encoding equals the recorded strings of the official code."""
+"""Every recorded string of the official chat encoding."""
 
 import json
 
@@ -9,30 +9,37 @@ from dsv32_jax.agents import chat
 pytestmark = pytest.mark.parity
 
 
-def cases(oracle_folder, kind):
+@pytest.fixture(scope="module")
+def cases(oracle_folder):
   path = oracle_folder / "encoding" / "cases.json"
-  found = json.loads(path.read_text(encoding="utf-8"))[kind]
-  assert found
-  return found
+  return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_encoded_messages_are_the_same_bytes(oracle_folder):
-  for case in cases(oracle_folder, "encode"):
-    arguments = (case["messages"], case["thinking_mode"])
-    if case.get("expected") is None:
-      with pytest.raises(ValueError):
-        chat.encode_messages(*arguments, **case["kwargs"])
-    else:
-      got = chat.encode_messages(*arguments, **case["kwargs"])
-      assert got == case["expected"], case["name"]
+def check(case, function):
+  if "error" in case:
+    with pytest.raises(ValueError):
+      function()
+  else:
+    assert function() == case["expected"], case["name"]
 
 
-def test_parsed_completions_are_the_same(oracle_folder):
-  for case in cases(oracle_folder, "parse"):
-    arguments = (case["text"], case["thinking_mode"])
-    if case.get("expected") is None:
-      with pytest.raises(ValueError):
-        chat.parse_message_from_completion_text(*arguments)
-    else:
-      got = chat.parse_message_from_completion_text(*arguments)
-      assert got == case["expected"], case["name"]
+def test_every_recorded_encoding(cases):
+  assert len(cases["encode"]) >= 39
+  for case in cases["encode"]:
+    check(
+      case,
+      lambda case=case: chat.encode_messages(
+        case["messages"], case["thinking_mode"], **case["kwargs"]
+      ),
+    )
+
+
+def test_every_recorded_completion(cases):
+  assert len(cases["parse"]) >= 9
+  for case in cases["parse"]:
+    check(
+      case,
+      lambda case=case: chat.parse_message_from_completion_text(
+        case["text"], case["thinking_mode"]
+      ),
+    )
