@@ -46,12 +46,12 @@ class GeneralEnvironment:
       raise ValueError(f"{max_steps=} must be at least 1")
     self.task = task
     self._max_steps = max_steps
-    self._connection = database.connect(record["rows"])
-    self._tools = Tools(
+    self.connection = database.connect(record["rows"])
+    self.tools = Tools(
       [tool_specs.ToolSpec.load(spec) for spec in record["tools"]],
-      self._connection,
+      self.connection,
     )
-    self._verify = load_verifier(task["verifier"], self._connection)
+    self._verify = load_verifier(task["verifier"], self.connection)
     self._state: dict[str, Any] | None = None
 
   async def reset(self) -> protocol.Start:
@@ -69,7 +69,7 @@ class GeneralEnvironment:
     self._state = dict(snapshot["state"])
 
   async def close(self) -> None:
-    self._connection.close()
+    self.connection.close()
 
   def snapshot(self) -> dict[str, Any]:
     return {
@@ -81,7 +81,7 @@ class GeneralEnvironment:
     """Begins an episode."""
     self._state = {"steps": 0, "done": False, "answer": None}
     return protocol.Start(
-      observation=prompt(self.task), tools=self._tools.schemas
+      observation=prompt(self.task), tools=self.tools.schemas
     )
 
   def call(self, name: str, arguments: Any) -> protocol.Step:
@@ -91,7 +91,7 @@ class GeneralEnvironment:
       raise RuntimeError("the episode is done")
     state["steps"] += 1
     try:
-      value = self._tools.run(name, arguments)
+      value = self.tools.run(name, arguments)
     except tool_specs.ToolError as error:
       text = f"error: {error}"
     else:
@@ -128,7 +128,7 @@ class Tools:
   def __init__(
     self, specs: list[tool_specs.ToolSpec], connection: sqlite3.Connection
   ):
-    self._connection = connection
+    self.connection = connection
     self._specs = {
       spec.name: (spec, validator(json.dumps(spec.parameters)))
       for spec in specs
@@ -159,7 +159,7 @@ class Tools:
         f"{name}: arguments{where}: {wrong.message[:200]}"
       )
     try:
-      return tool_specs.execute(spec, arguments, self._connection)
+      return tool_specs.execute(spec, arguments, self.connection)
     except UnicodeEncodeError as error:
       raise tool_specs.ToolError(f"{name}: text is no Unicode") from error
 

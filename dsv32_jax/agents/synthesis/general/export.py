@@ -1,0 +1,152 @@
+"""What a synthesis leaves for others: tasks, rejections, trajectories.
+
+Each file is derived from environments.jsonl.
+
+`tasks.jsonl` and `tasks.parquet`: a row a task.
+  id, environment, domain, kind: text; level: 1 to 4;
+  prompt: the user's message; tools: JSON list of {name, description,
+  parameters}; answer_schema, answer, wrong_answers: JSON;
+  solution, verifier: Python; solution_calls: tool calls of the solution;
+  attempts_until_solved: of the filter's policy; history: JSON list of the
+  levels passed, {level, solution_calls, added_tools}.
+`rejections.jsonl`: environment, try, kind, level (0: before the first), reason.
+`trajectories.jsonl` and `trajectories.parquet`: a row a solution.
+  id: of the task; reward: what the environment gave; messages: JSON list of
+  {role: user | assistant | tool, content} where an assistant has tool_calls,
+  a list of {name, arguments}, instead of content.
+"""
+
+from collections.abc import Iterator
+import json
+import pathlib
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from dsv32_jax.agents.environments import general
+from dsv32_jax.agents.synthesis.general import campaign
+from dsv32_jax.agents.synthesis.general import programs
+
+_BATCH = 256
+_TEXT, _NUMBER = pa.string(), pa.int64()
+TASK_SCHEMA = pa.schema(
+  {
+    "id": _TEXT,
+    "environment": _TEXT,
+    "domain": _TEXT,
+    "kind": _TEXT,
+    "level": _NUMBER,
+    "prompt": _TEXT,
+    "tools": _TEXT,
+    "answer_schema": _TEXT,
+    "answer": _TEXT,
+    "wrong_answers": _TEXT,
+    "solution": _TEXT,
+    "verifier": _TEXT,
+    "solution_calls": _NUMBER,
+    "attempts_until_solved": _NUMBER,
+    "history": _TEXT,
+  }
+)
+TRAJECTORY_SCHEMA = pa.schema(
+  {"id": _TEXT, "reward": pa.float64(), "messages": _TEXT}
+)
+
+
+def export(workdir: pathlib.Path, num_trajectories: int) -> None:
+  """Writes every derived file; each appears when it is whole."""
+  source = workdir / campaign.ENVIRONMENTS_FILE
+  rejections = (
+    rejection
+    for record in campaign.read(source)
+    for rejection in record["rejections"]
+  )
+  _write_jsonl(workdir / "rejections.jsonl", rejections)
+  _write_both(workdir / "tasks", task_rows(source), TASK_SCHEMA)
+  _write_both(
+    workdir / "trajectories",
+    trajectory_rows(source, num_trajectories),
+    TRAJECTORY_SCHEMA,
+  )
+
+
+def task_rows(source: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """Yields the rows of tasks.parquet."""
+  for record in campaign.read(source):
+    shown = ("name", "description", "parameters")
+    tools = [{k: tool[k] for k in shown} for tool in record["tools"]]
+    for task in record["tasks"]:
+      row = {
+        "environment": record["id"],
+        "domain": record["domain"],
+        "prompt": general.prompt(task),
+        "tools": json.dumps(tools),
+      }
+      for name in TASK_SCHEMA.names:
+        if name not in row:
+          value = task[name]
+          plain = isinstance(value, (str, int))
+          row[name] = value if plain else json.dumps(value, ensure_ascii=False)
+      yield {name: row[name] for name in TASK_SCHEMA.names}
+
+
+def trajectory_rows(
+  source: pathlib.Path, number: int
+) -> Iterator[dict[str, Any]]:
+  """Yields the rows of trajectories.parquet, played in the environment."""
+  for record in campaign.read(source):
+    for task in record["tasks"]:
+      if number == 0:
+        return
+      number -= 1
+      messages, reward = trajectory(record, task)
+      text = json.dumps(messages, ensure_ascii=False)
+      yield {"id": task["id"], "reward": reward, "messages": text}
+
+
+def trajectory(record, task) -> tuple[list[dict[str, Any]], float]:
+  """Plays a task's solution; returns its messages and the reward."""
+  environment = general.GeneralEnvironment(record, task)
+  start = environment.begin()
+  calls: list[tuple[str, Any, Any]] = []
+  functions = environment.tools.functions(calls)
+  answer = programs.load(task["solution"], "solve", functions)()
+  submitted = {"answer_text": json.dumps(answer, ensure_ascii=False)}
+  messages = [{"role": "user", "content": start.observation}]
+  for name, arguments in [
+    *((name, arguments) for name, arguments, _ in calls),
+    ("submit_result", submitted),
+  ]:
+    step = environment.call(name, arguments)
+    call = {"name": name, "arguments": arguments}
+    messages.append({"role": "assistant", "tool_calls": [call]})
+    messages.append({"role": "tool", "content": step.observation})
+  reward = environment.reward()
+  environment.connection.close()
+  return messages, reward
+
+
+def _write_both(stem, rows, schema):
+  """Writes rows as JSONL and as Parquet, a batch at a time."""
+  lines, table = stem.with_suffix(".jsonl"), stem.with_suffix(".parquet")
+  _write_jsonl(lines, rows)
+  partial = table.with_suffix(".partial")
+  with parquet.ParquetWriter(partial, schema) as writer:
+    batch = []
+    for row in campaign.read(lines):
+      batch.append(row)
+      if len(batch) == _BATCH:
+        writer.write_table(pa.Table.from_pylist(batch, schema))
+        batch = []
+    if batch:
+      writer.write_table(pa.Table.from_pylist(batch, schema))
+  partial.replace(table)
+
+
+def _write_jsonl(path, rows):
+  partial = path.with_suffix(".partial")
+  with partial.open("w", encoding="utf-8") as file:
+    for row in rows:
+      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+  partial.replace(path)
