@@ -1,7 +1,8 @@
 """Trip planning, and the domains of places, health, learning and homes."""
 
 from dsv32_jax.agents.synthesis.general import china
-from dsv32_jax.agents.synthesis.general import domains_more
+from dsv32_jax.agents.synthesis.general import domains_leisure
+from dsv32_jax.agents.synthesis.general import domains_trade
 from dsv32_jax.agents.synthesis.general import schema
 from dsv32_jax.agents.synthesis.general import words
 
@@ -115,11 +116,7 @@ TRIP = Domain(
 )
 
 
-def _domain(name, setting, *tables, first_day="2025-10-01"):
-  return Domain(name=name, setting=setting, tables=tables, first_day=first_day)
-
-
-CLINICS = _domain(
+CLINICS = schema.domain(
   "clinic_appointments",
   "I want to see a doctor and compare what the clinics around here offer.",
   Table(
@@ -172,7 +169,7 @@ CLINICS = _domain(
   ),
 )
 
-APARTMENTS = _domain(
+APARTMENTS = schema.domain(
   "apartment_rental",
   "We are looking for a flat to rent in town.",
   Table(
@@ -220,7 +217,7 @@ APARTMENTS = _domain(
   ),
 )
 
-COURSES = _domain(
+COURSES = schema.domain(
   "university_courses",
   "I am putting together my courses for the coming term.",
   Table(
@@ -270,7 +267,7 @@ COURSES = _domain(
   ),
 )
 
-MUSEUMS = _domain(
+MUSEUMS = schema.domain(
   "museum_visits",
   "A museum weekend is coming up and I want to choose what to see.",
   Table(
@@ -324,4 +321,12 @@ MUSEUMS = _domain(
   ),
 )
 
-DOMAINS = (TRIP, CLINICS, APARTMENTS, COURSES, MUSEUMS, *domains_more.DOMAINS)
+DOMAINS = (
+  TRIP,
+  CLINICS,
+  APARTMENTS,
+  COURSES,
+  MUSEUMS,
+  *domains_trade.DOMAINS,
+  *domains_leisure.DOMAINS,
+)

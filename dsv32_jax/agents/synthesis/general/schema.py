@@ -162,3 +162,21 @@ def date(name, low, high, step=1, optional=False):
   return Column(
     name=name, kind="date", low=low, high=high, step=step, optional=optional
   )
+
+
+def table(name, plural, rows, pattern, words, columns, parent=None) -> Table:
+  """A table, its fields in order."""
+  return Table(
+    name=name,
+    plural=plural,
+    rows=rows,
+    pattern=pattern,
+    words=words,
+    columns=columns,
+    parent=parent,
+  )
+
+
+def domain(name, setting, *tables, first_day="2025-10-01") -> Domain:
+  """A domain without grids."""
+  return Domain(name=name, setting=setting, tables=tables, first_day=first_day)
