@@ -54,7 +54,8 @@ def test_recorded_completions(case):
 
 
 text = strategies.text(
-  strategies.sampled_from('ab\n "<>/&\u00e9') | strategies.characters(codec="utf-8"),
+  strategies.sampled_from('ab\n "<>/&\u00e9')
+  | strategies.characters(codec="utf-8"),
   max_size=12,
 ).filter(lambda value: not any(token in value for token in SPECIAL))
 names = strategies.text("abc_-. ", min_size=1, max_size=5)
