@@ -56,13 +56,11 @@ class SynthesisConfig:
     for name in ("baseline_attempts", "num_trajectories"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-    if self.num_tasks < self.num_environments:
+    least, most = self.num_environments, 5 * self.num_environments
+    if not least <= self.num_tasks <= most:
       raise ValueError(
-        f"{self.num_tasks=} must be at least {self.num_environments=}"
-      )
-    if self.num_tasks > 5 * self.num_environments:
-      raise ValueError(
-        f"{self.num_tasks=} must be at most 5 times {self.num_environments=}"
+        f"num_tasks={self.num_tasks} must be {least} to {most}, one to five"
+        " for each environment"
       )
 
   def tasks_of(self, index: int) -> int:

@@ -1,0 +1,154 @@
+"""Tasks: the text alone gives the answer, the verifier takes no other."""
+
+import itertools
+import json
+import random
+
+import jsonschema
+import pytest
+
+from dsv32_jax.agents.environments import general
+from dsv32_jax.agents.synthesis.general import reading
+from dsv32_jax.agents.synthesis.general import tasks as tasks_lib
+from tests.support import general_world as world
+
+QUERIES = ("find", "extreme", "total", "ranking")
+
+
+def open_task(record, task):
+  return general.GeneralEnvironment(record, task)
+
+
+def accepts(environment, answer):
+  return environment.accepts(json.dumps(answer))
+
+
+@pytest.mark.parametrize("kind", QUERIES)
+def test_the_text_and_the_rows_give_the_answer(kind):
+  for record, task in world.tasks(kind):
+    understood = world.read(record, task)
+    assert understood.kind == kind
+    rows = world.meeting(record, understood)
+    measure = understood.details["label"].replace(" ", "_")
+    down = understood.details.get("order") in ("highest", "desc")
+    rows.sort(key=lambda row: row[measure], reverse=down)
+    if kind == "total":
+      want = [len(rows), sum(row[measure] for row in rows)]
+    elif kind == "ranking":
+      want = [[row["name"] for row in rows]]
+    else:
+      parent = world.parents_of(record["rows"])[understood.target]
+      want = [rows[0]["name"], rows[0][parent], rows[0][measure]]
+    assert list(task["answer"].values()) == want, task["statement"]
+
+
+def test_one_row_meets_all_conditions_and_none_is_idle():
+  for record, task in world.tasks("find"):
+    understood, rows = world.read(record, task), record["rows"]
+    target = understood.target
+    assert len(world.meeting(record, understood)) == 1
+    assert len(understood.wishes) >= task["level"] + 1 >= 3
+    for wish in understood.wishes:
+      kept = [r for r in rows[target] if world.holds(rows, target, r, wish)]
+      others = [w for w in understood.wishes if w != wish]
+      more = [
+        row
+        for row in rows[target]
+        if all(world.holds(rows, target, row, other) for other in others)
+      ]
+      assert len(kept) >= 3
+      assert len(more) > 1, task["statement"]
+
+
+def test_the_verifier_takes_one_row_of_the_table():
+  for record, task in world.tasks("find", "extreme"):
+    environment = open_task(record, task)
+    target, parent, measure = task["answer"]
+    told = [
+      {target: r["name"], parent: r[parent], measure: r[measure]}
+      for r in record["rows"][target]
+    ]
+    assert [t for t in told if accepts(environment, t)] == [task["answer"]]
+
+
+def test_bundles_by_brute_force():
+  """Every choice of two rows, and random choices of more."""
+  rng, seen = random.Random(0), {True: 0, False: 0}
+  for record, task in world.tasks("bundle"):
+    environment, understood = (
+      open_task(record, task),
+      world.read(record, task),
+    )
+    details = understood.details
+    size, target = int(details["size"]), understood.target
+    label = details["label"].replace(" ", "_")
+    standard = details["standard"].replace(" ", "_")
+    parent = world.parents_of(record["rows"])[target]
+    meeting = {row["name"] for row in world.meeting(record, understood)}
+    rows = record["rows"][target]
+    choices = itertools.combinations(rows, 2) if size == 2 else ()
+    choices = [*choices, *(rng.sample(rows, size) for _ in range(300))]
+    names = task["answer"][next(iter(task["answer"]))]
+    choices.append([r for r in rows if r["name"] in names])
+    for chosen in choices:
+      total = sum(row[label] for row in chosen)
+      dear = any(row[label] > int(details["limit"]) for row in chosen)
+      low = any(row[standard] < float(details["required"]) for row in chosen)
+      right = (
+        len({row[parent] for row in chosen}) == size
+        and all(row["name"] in meeting for row in chosen)
+        and total <= int(details["budget"])
+        and not (dear and low)
+      )
+      key = next(iter(task["answer"]))
+      answer = {key: [row["name"] for row in chosen], "total": total}
+      assert accepts(environment, answer) == right, task["statement"]
+      seen[right] += 1
+  assert seen[True] > 20 and seen[False] > 1000
+
+
+def test_trips_against_the_text():
+  """Near misses of the right plan, and random days in its cities."""
+  rng, seen = random.Random(1), {True: 0, False: 0}
+  for record, task in world.tasks("trip"):
+    rows, environment = record["rows"], open_task(record, task)
+    trip = world.read(record, task)
+    assert isinstance(trip, reading.TripTask) and trip.rules
+    plans = [task["answer"]]
+    for _ in range(1500):
+      plan = [dict(day) for day in task["answer"]]
+      for _ in range(rng.randint(1, 3)):
+        day = rng.choice(plan)
+        key = rng.choice([k for k in day if k != "time"])
+        table = key.rpartition("_")[2]
+        same = [r for r in rows[table] if r.get("city") == day["city"]]
+        day[key] = rng.choice(same or rows[table])["name"]
+      plans.append(plan)
+    for plan in plans:
+      right = world.trip_is_right(rows, trip, plan)
+      assert accepts(environment, plan) == right, task["statement"]
+      seen[right] += 1
+  assert seen[True] > 20 and seen[False] > 500
+
+
+def test_wrong_answers_are_well_formed_many_and_refused():
+  for record, task in world.tasks(*QUERIES, "bundle", "trip"):
+    environment = open_task(record, task)
+    validator = jsonschema.Draft202012Validator(task["answer_schema"])
+    wrong = task["wrong_answers"]
+    assert len(wrong) >= tasks_lib.MIN_WRONG_ANSWERS
+    assert len({json.dumps(answer) for answer in wrong}) == len(wrong)
+    for answer in wrong:
+      assert validator.is_valid(answer)
+      assert not accepts(environment, answer)
+    assert accepts(environment, task["answer"])
+
+
+def test_difficulty_rises_and_tools_are_added():
+  added = []
+  for _, task in world.tasks(*QUERIES, "bundle", "trip"):
+    levels = [step["level"] for step in task["history"]]
+    assert levels == list(range(1, task["level"] + 1)) and len(levels) >= 2
+    assert task["history"][-1]["solution_calls"] == task["solution_calls"] > 5
+    added += [tool for step in task["history"] for tool in step["added_tools"]]
+  assert added
