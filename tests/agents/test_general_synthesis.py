@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 from pyarrow import parquet
 import pytest
 
@@ -32,7 +33,7 @@ get_infos_by_attraction get_infos_by_city get_infos_by_hotel
 get_infos_by_restaurant get_inter_city_transport get_weather_by_city_date
 submit_result"""
 TINY = pipeline.SynthesisConfig(
-  num_environments=20, num_tasks=40, workers=1, num_trajectories=3
+  num_environments=40, num_tasks=80, workers=1, num_trajectories=3
 )
 
 
@@ -191,8 +192,8 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path):
   code = (
     "import pathlib, sys\n"
     "from dsv32_jax.agents.synthesis.general import campaign, pipeline\n"
-    "config = pipeline.SynthesisConfig(num_environments=20, num_tasks=40,"
-    " workers=1)\n"
+    "config = pipeline.SynthesisConfig(num_environments=40, num_tasks=80,"
+    " workers=2)\n"
     "campaign.run(config, pathlib.Path(sys.argv[1]))\n"
   )
   process = subprocess.Popen([sys.executable, "-c", code, str(killed)])
@@ -201,18 +202,21 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path):
   while not path.exists() or path.read_bytes().count(b"\n") < 4:
     assert time.monotonic() < deadline
     time.sleep(0.005)
+  workers = psutil.Process(process.pid).children(recursive=True)
+  assert len(workers) >= 2
   os.kill(process.pid, signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
-  assert path.read_bytes().count(b"\n") < 20
+  assert psutil.wait_procs(workers, timeout=20)[1] == []
+  assert path.read_bytes().count(b"\n") < 40
   with path.open("ab") as file:
     file.write(b'{"id": "general-')
-  two = pipeline.SynthesisConfig(num_environments=20, num_tasks=40, workers=2)
+  two = pipeline.SynthesisConfig(num_environments=40, num_tasks=80, workers=2)
   campaign.run(two, killed)
   want = (whole / campaign.ENVIRONMENTS_FILE).read_bytes()
   assert path.read_bytes() == want
   with pytest.raises(ValueError, match="was made with seed=0, not 1"):
     campaign.run(
-      pipeline.SynthesisConfig(seed=1, num_environments=20, num_tasks=40),
+      pipeline.SynthesisConfig(seed=1, num_environments=40, num_tasks=80),
       killed,
     )
 

@@ -12,8 +12,10 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+from multiprocessing import connection
 import os
 import pathlib
+import threading
 from typing import Any
 
 from dsv32_jax import config_files
@@ -109,11 +111,24 @@ def _made(config, indices):
     yield map(make, indices)
     return
   context = multiprocessing.get_context("spawn")
-  with futures.ProcessPoolExecutor(config.workers, context) as pool:
+  with futures.ProcessPoolExecutor(
+    config.workers, context, initializer=_end_with_parent
+  ) as pool:
     try:
       yield pool.map(make, indices, chunksize=4)
     finally:
       pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent():
+  """Ends this worker when the run is killed; it would wait for ever."""
+  sentinel = multiprocessing.parent_process().sentinel
+
+  def watch():
+    connection.wait([sentinel])
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def _check_config(config, workdir):
