@@ -12,12 +12,16 @@ from dsv32_jax.agents.sandbox.limits import SandboxError
 from dsv32_jax.agents.sandbox.probing import Probe
 from dsv32_jax.agents.sandbox.probing import probe
 from dsv32_jax.agents.sandbox.run import Sandbox
+from dsv32_jax.agents.sandbox.worker import Reply
+from dsv32_jax.agents.sandbox.worker import Worker
 
 __all__ = [
   "Limits",
   "Probe",
+  "Reply",
   "Result",
   "Sandbox",
   "SandboxError",
+  "Worker",
   "probe",
 ]

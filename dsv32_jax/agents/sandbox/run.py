@@ -1,7 +1,7 @@
 """One command in a sandbox: what goes in, what comes out, what ends it."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import concurrent.futures
 import contextlib
 import os
@@ -13,11 +13,13 @@ import subprocess
 import sys
 import threading
 import time
+from typing import TypeVar
 
 from dsv32_jax.agents.sandbox import limits as limits_lib
 from dsv32_jax.agents.sandbox import processes
 
 POLL_SECONDS = 0.02
+_T = TypeVar("_T")
 _CHUNK = 1 << 16
 _CPU_CODES = (128 + signal.SIGXCPU,)
 _ENVIRONMENT = {
@@ -103,16 +105,9 @@ class Sandbox:
     limits: limits_lib.Limits | None = None,
   ) -> limits_lib.Result:
     """Is `run` in a thread; cancelling it ends the processes first."""
-    cancelled = threading.Event()
-    work = asyncio.ensure_future(
-      asyncio.to_thread(self._run, argv, files, stdin, limits, cancelled)
+    return await in_thread(
+      lambda cancelled: self._run(argv, files, stdin, limits, cancelled)
     )
-    try:
-      return await asyncio.shield(work)
-    except asyncio.CancelledError:
-      cancelled.set()
-      await asyncio.wait([work])
-      raise
 
   def start(
     self,
@@ -291,12 +286,29 @@ class _Watch:
   def _poll(self) -> str:
     usage = self._running.usage()
     self.peak_memory_bytes = max(self.peak_memory_bytes, usage.memory_bytes)
-    if usage.memory_bytes > self._limits.memory_bytes:
-      return "memory"
-    # A full file system refuses by itself; this is for the other kind.
-    if usage.disk_bytes > self._limits.disk_bytes:
-      return "disk"
-    return "files" if usage.files > self._limits.files else ""
+    return excess(usage, self._limits)
+
+
+def excess(usage: processes.Usage, limits: limits_lib.Limits) -> str:
+  """Returns which limit is exceeded, or nothing."""
+  if usage.memory_bytes > limits.memory_bytes:
+    return "memory"
+  # A full file system refuses by itself; this is for the other kind.
+  if usage.disk_bytes > limits.disk_bytes:
+    return "disk"
+  return "files" if usage.files > limits.files else ""
+
+
+async def in_thread(work: Callable[[threading.Event], _T]) -> _T:
+  """Runs work in a thread; cancelling sets its event and waits for its end."""
+  cancelled = threading.Event()
+  future = asyncio.ensure_future(asyncio.to_thread(work, cancelled))
+  try:
+    return await asyncio.shield(future)
+  except asyncio.CancelledError:
+    cancelled.set()
+    await asyncio.wait([future])
+    raise
 
 
 @contextlib.contextmanager
