@@ -254,6 +254,10 @@ class Conversation:
 
   def _render(self, turn, *, current, result=(0, 0), written=False):
     """Returns the pieces of a turn."""
+    role = turn.message.get("role")
+    if self._tokenizer is None and role == "assistant":
+      # What a server took for a reply need not have a rendering here.
+      return []
     if turn.drawn_ids is None:
       texts = chat.render_message(
         turn.message, thinking=self._thinking, current=current, result=result
