@@ -165,7 +165,7 @@ class Sandbox:
       os.close(channel_in)
     code = running.process.returncode if reason == "exit" else None
     if code in _CPU_CODES:
-      reason = "cpu"
+      code, reason = None, "cpu"
     elif code is not None and code < 0:
       code = 128 - code
     return limits_lib.Result(
