@@ -9,7 +9,10 @@ import pytest
 from dsv32_jax.agents import chat
 from dsv32_jax.agents import loop
 from dsv32_jax.agents import policy as policies
+from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.environments import protocol
+from dsv32_jax.agents.synthesis.general import export
+from dsv32_jax.agents.synthesis.general import pipeline
 from dsv32_jax.data import tokenizer as tokenizers
 
 DSML = "\uff5cDSML\uff5c"
@@ -310,3 +313,37 @@ def test_chat_mode_and_no_tools(tokenizer):
     Summing(reset=reset), scripted(add(1), FINAL), thinking_mode="chat"
   )
   assert "no tool 'add'; tools: none" in called.messages[2]["content"]
+
+
+def test_a_synthesised_environment_is_played_to_its_reward(tokenizer):
+  record = pipeline.synthesize(
+    pipeline.SynthesisConfig(
+      seed=3, num_environments=1, num_tasks=2, workers=1
+    ),
+    0,
+  )[0]
+  task = record["tasks"][0]
+  played, _ = export.trajectory(record, task)
+  moves = [
+    policies.call(call["name"], json.dumps(call["arguments"]), reasoning="next")
+    for message in played
+    for call in message.get("tool_calls", ())
+  ]
+  # An unknown tool first: it costs a turn and nothing else.
+  script = policies.replies(policies.call("no", "{}"), *moves)
+  episode = asyncio.run(
+    loop.run_episode(
+      policies.ScriptedPolicy(script, tokenizer),
+      lambda: general.GeneralEnvironment(record, task),
+      episode_id="e",
+      limits=loop.EpisodeLimits(window=2**20),
+    )
+  )
+  result = episode.result
+  assert (result.finish, result.reward) == ("done", 1.0), result.error
+  assert (result.num_calls, result.num_bad_calls) == (len(moves), 1)
+  texts = [
+    [m["content"] for m in messages if m["role"] == "tool"]
+    for messages in (played, result.messages)
+  ]
+  assert texts[1][1:] == texts[0]
