@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -585,3 +586,47 @@ i=0; while [ $i -lt 60 ]; do sleep 30.25 & i=$((i+1)); done; echo LEAK fork
   assert result.stdout == b"done\n", result
   assert b"fork" in result.stderr and result.reason == "exit"
   assert not processes_with("30.25")
+
+
+def test_what_an_owner_could_do_outside():
+  """Without a user id of its own the filter has to refuse what Landlock lets.
+
+  The filter alone, on a process of this user: it is the same for any user.
+  """
+  script = """
+import ctypes, os, resource, sys
+from dsv32_jax.agents.sandbox import confine, seccomp
+path, parent = sys.argv[1], os.getppid()
+rules = seccomp.program(unix_sockets=False, own_user=False)
+confine.prctl("", 38, 1)
+program = confine._Program(len(rules) // 8, rules)
+confine.prctl("", 22, 2, ctypes.addressof(program))
+reader = os.open(path, os.O_RDONLY)
+for action in (
+  lambda: os.chmod(path, 0),
+  lambda: os.fchmod(reader, 0),
+  lambda: os.chown(path, 1, 1),
+  lambda: os.fchown(reader, 1, 1),
+  lambda: os.utime(path, (0, 0)),
+  lambda: os.setxattr(path, "user.a", b"b"),
+  lambda: resource.prlimit(parent, resource.RLIMIT_NOFILE, (50, 50)),
+  lambda: os.setpriority(os.PRIO_PROCESS, parent, 19),
+  lambda: os.sched_setaffinity(parent, {0}),
+):
+  try:
+    action()
+    print("LEAK")
+  except PermissionError:
+    print("refused")
+"""
+  with tempfile.NamedTemporaryFile() as file:
+    before = os.stat(file.name)
+    ran = subprocess.run(
+      [sys.executable, "-c", script, file.name],
+      cwd=pathlib.Path(__file__).parents[2],
+      capture_output=True,
+      check=True,
+    )
+    after = os.stat(file.name)
+  assert ran.stdout == b"refused\n" * 9, ran
+  assert (before.st_mode, before.st_mtime) == (after.st_mode, after.st_mtime)

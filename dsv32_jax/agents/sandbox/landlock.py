@@ -7,7 +7,8 @@ filter refuses every socket, Landlock every other path, signal and trace; see
 
 - names, sizes and owners of files outside can be learnt, not their content;
 - the folder lies on the host's disk and its size is polled;
-- without root, processes are counted together with all others of the user.
+- without root, processes are counted together with all others of the user,
+  and modes, owners and times of files cannot be set, not even of own ones.
 """
 
 import base64
@@ -77,6 +78,9 @@ class Landlock:
   ) -> processes.Running:
     """Starts argv; SandboxError if it could not be confined."""
     user = users.new_user() if os.geteuid() == 0 else None
+    rules = seccomp.program(
+      unix_sockets=unix_sockets, own_user=user is not None
+    )
     folder = _make_folder(files, user)
     paths = [path for path in _READABLE if os.path.exists(path)]
     paths += readable
@@ -91,9 +95,7 @@ class Landlock:
       "limits": _resource_limits(limits, user),
       "readable": paths,
       "devices": [path for path in _DEVICES if os.path.exists(path)],
-      "filter": base64.b64encode(
-        seccomp.program(unix_sockets=unix_sockets)
-      ).decode(),
+      "filter": base64.b64encode(rules).decode(),
       "control": control_in,
       "status": status_out,
     }

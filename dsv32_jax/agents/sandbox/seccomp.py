@@ -69,13 +69,50 @@ _REFUSED = [
   "unshare",
   "userfaultfd",
 ]
+# What the owner of a file may do to it wherever it lies; Landlock has no say.
+_OF_OWNERS = (
+  "chmod",
+  "chown",
+  "fchmod",
+  "fchmodat",
+  "fchmodat2",
+  "fchown",
+  "fchownat",
+  "fremovexattr",
+  "fsetxattr",
+  "futimesat",
+  "lchown",
+  "lremovexattr",
+  "lsetxattr",
+  "removexattr",
+  "setxattr",
+  "utime",
+  "utimensat",
+  "utimes",
+)
+# setxattrat, removexattrat, file_setattr: the library may not know the names.
+_OF_OWNERS_NEW = (463, 466, 469)
+# Calls newer than these lists, whose numbers are the same on every machine.
+_UNKNOWN = range(470, 512)
+# What a user may do to all processes of the user: the argument that names one.
+_OF_USERS = {
+  "ioprio_set": 1,
+  "sched_setaffinity": 0,
+  "sched_setattr": 0,
+  "sched_setparam": 0,
+  "sched_setscheduler": 0,
+  "setpriority": 1,
+}
 
 
 @functools.cache
-def program(*, unix_sockets: bool) -> bytes:
+def program(*, unix_sockets: bool, own_user: bool) -> bytes:
   """Returns the filter as BPF instructions.
 
   Args:
+    own_user: whether the user id is the run's alone, or no file and process
+      outside can be named. Else the modes, owners and times of files, and the
+      priorities of other processes, cannot be set.
     unix_sockets: whether `socket` may make AF_UNIX sockets. Pairs of connected
       ones (`socketpair`) may always be made; no other family ever.
   """
@@ -88,6 +125,20 @@ def program(*, unix_sockets: bool) -> bytes:
     syscalls.add_rule(refuse, "clone", argument)
   # Its flags lie in memory, where no filter sees them; libraries fall back.
   syscalls.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
+  others = pyseccomp.Arg(0, pyseccomp.NE, 0)
+  syscalls.add_rule(refuse, "prlimit64", others)
+  if not own_user:
+    for name in _OF_OWNERS:
+      # A library older than a system call does not know its name.
+      if pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) != -1:
+        syscalls.add_rule(refuse, name)
+    for number in _OF_OWNERS_NEW:
+      syscalls.add_rule(refuse, number)
+    for name, position in _OF_USERS.items():
+      others = pyseccomp.Arg(position, pyseccomp.NE, 0)
+      syscalls.add_rule(refuse, name, others)
+  for number in _UNKNOWN:
+    syscalls.add_rule(pyseccomp.ERRNO(errno.ENOSYS), number)
   if unix_sockets:
     family = pyseccomp.Arg(0, pyseccomp.NE, _AF_UNIX)
     syscalls.add_rule(refuse, "socket", family)
@@ -104,7 +155,8 @@ def program(*, unix_sockets: bool) -> bytes:
 
 def descriptor(*, unix_sockets: bool) -> int:
   """Returns an open file that holds the filter, to be closed by the caller."""
-  return memory_file("seccomp", program(unix_sockets=unix_sockets))
+  content = program(unix_sockets=unix_sockets, own_user=True)
+  return memory_file("seccomp", content)
 
 
 def memory_file(name: str, content: bytes) -> int:
