@@ -1,10 +1,5 @@
-"""What hostile code tries; all of it bounded, so that a hole harms nothing.
+"""What hostile code tries to reach; all of it bounded, see `attacks`."""
 
-Each attack is a Python script that prints LEAK where it got through. After
-each the host has no process, no file and no listener of it.
-"""
-
-import io
 import json
 import os
 import pathlib
@@ -13,63 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 
 import pytest
 
 from dsv32_jax.agents import sandbox
 from dsv32_jax.agents.sandbox import probing
+from tests.support import attacks
 
-MARK = "attack-7f3a9c"
-LIMITS = sandbox.Limits(
-  wall_seconds=3.0,
-  cpu_seconds=2,
-  memory_bytes=256 << 20,
-  processes=20,
-  output_bytes=100_000,
-  disk_bytes=8 << 20,
-  files=200,
-)
-
-
-@pytest.fixture(scope="module", params=["bubblewrap", "landlock"])
-def attack(request):
-  if request.param == "landlock":
-    backend = probing.find_landlock()
-  else:
-    backend = probing.find_bubblewrap(user_namespace=os.geteuid() != 0)
-  box = sandbox.Sandbox(backend)
-
-  def run(script, *arguments, files=None, **changed):
-    folders = set(pathlib.Path(tempfile.gettempdir()).glob("box-*"))
-    limits = LIMITS.__class__(**{**vars(LIMITS), **changed})
-    command = [sys.executable, "-I", "-c", f"# {MARK}\n" + script]
-    begin = time.monotonic()
-    result = box.run(
-      [*command, *map(str, arguments)], files=files, limits=limits
-    )
-    assert time.monotonic() - begin < limits.wall_seconds + 1.5
-    assert not processes_with(MARK)
-    left = set(pathlib.Path(tempfile.gettempdir()).glob("box-*")) - folders
-    assert not [path for path in left if path.stat().st_uid >= 1 << 30]
-    assert b"LEAK" not in result.stdout, result
-    return result
-
-  return run
-
-
-def processes_with(text: str) -> list[int]:
-  """Returns the processes, zombies apart, with this on their command line."""
-  found = []
-  for entry in os.scandir("/proc"):
-    if entry.name.isdigit() and int(entry.name) != os.getpid():
-      try:
-        line = pathlib.Path(f"/proc/{entry.name}/cmdline").read_bytes()
-      except OSError:
-        continue
-      if text.encode() in line:
-        found.append(int(entry.name))
-  return found
+attack = attacks.attack
 
 
 NETWORK = """
@@ -131,10 +77,10 @@ left.send(b"done"); print(right.recv(9))
     ):
       named.bind(path)
       os.chmod(path, 0o777)
-      abstract.bind("\0" + MARK + str(os.getpid()))
+      abstract.bind("\0" + attacks.MARK + str(os.getpid()))
       named.listen()
       abstract.listen()
-      result = attack(script, path, MARK + str(os.getpid()))
+      result = attack(script, path, attacks.MARK + str(os.getpid()))
   assert result.stdout == b"b'done'\n", result
 
 
@@ -214,172 +160,6 @@ for number in range(3, 256):
   with tempfile.TemporaryFile() as file:
     os.set_inheritable(file.fileno(), True)
     assert attack(script).stdout.startswith(b"own ")
-
-
-def test_fork_until_it_stops(attack):
-  script = """
-import os, time
-made = 0
-for _ in range(200):
-  try:
-    if os.fork() == 0:
-      time.sleep(60)
-      os._exit(0)
-    made += 1
-  except OSError:
-    break
-print("LEAK" if made > 20 else "stopped")
-"""
-  result = attack(script)
-  assert result.stdout == b"stopped\n" and result.reason == "exit", result
-
-
-def test_threads_until_they_stop(attack):
-  script = """
-import threading, time
-made = 0
-try:
-  for _ in range(200):
-    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-    made += 1
-except RuntimeError:
-  pass
-print("LEAK" if made > 20 else "stopped", flush=True)
-"""
-  assert attack(script, memory_bytes=1 << 30).stdout == b"stopped\n"
-
-
-def test_memory_of_one_process(attack):
-  script = """
-held = []
-try:
-  for _ in range(1000):
-    held.append(b"x" * (1 << 20))
-  print("LEAK")
-except MemoryError:
-  del held
-  print("stopped")
-"""
-  assert attack(script).stdout == b"stopped\n"
-
-
-def test_memory_of_a_tree(attack):
-  script = """
-import os, time
-for _ in range(5):
-  if os.fork() == 0:
-    held = b"x" * (150 << 20)
-    time.sleep(30)
-    os._exit(0)
-time.sleep(30)
-"""
-  result = attack(script)
-  assert (result.reason, result.returncode) == ("memory", None)
-  assert 256 << 20 < result.peak_memory_bytes < 1 << 30
-
-
-def test_disk(attack):
-  script = """
-import os
-wrote = 0
-try:
-  for number in range(20):
-    with open(f"f{number}", "wb") as file:
-      for _ in range(10):
-        wrote += file.write(os.urandom(1 << 20))
-        file.flush()
-        print(wrote, flush=True)
-except OSError as error:
-  print("full", error.errno)
-if wrote > 100 << 20: print("LEAK")
-"""
-  result = attack(script)
-  # In memory the file system is full; on disk the poll or a file's limit.
-  assert b"full" in result.stdout or result.reason == "disk", result
-
-
-def test_many_files(attack):
-  script = """
-import time
-for number in range(5000):
-  open(str(number), "w").close()
-time.sleep(1)
-print("LEAK")
-"""
-  assert attack(script).reason == "files"
-
-
-def test_zip_bomb(attack):
-  packed = io.BytesIO()
-  with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-    archive.writestr("zeros", bytes(100 << 20))
-  script = """
-import zipfile
-try:
-  zipfile.ZipFile("bomb.zip").extractall()
-  print("LEAK")
-except OSError:
-  print("full")
-"""
-  files = {"bomb.zip": packed.getvalue()}
-  assert len(files["bomb.zip"]) < 1 << 20
-  result = attack(script, files=files)
-  assert b"full" in result.stdout or result.reason == "disk", result
-
-
-@pytest.mark.parametrize("stream", ["1", "2", "int(os.environ['RESULT_FD'])"])
-def test_output_flood(attack, stream):
-  script = f"""
-import os
-for _ in range(2000):
-  os.write({stream}, b"x" * 100_000)
-os.write(1, b"LEAK")
-"""
-  result = attack(script)
-  assert result.reason == "output" and result.returncode is None
-  sizes = len(result.stdout), len(result.stderr), len(result.results)
-  assert sum(sizes) == 100_000, sizes
-
-
-def test_time_however_it_is_spent(attack):
-  spins = attack("while True: pass", cpu_seconds=1)
-  assert spins.reason == "cpu" and spins.seconds < 3
-  stubborn = """
-import signal, time
-for number in range(1, 65):
-  try:
-    signal.signal(number, signal.SIG_IGN)
-  except (OSError, ValueError):
-    pass
-end = time.time() + 30
-while time.time() < end:
-  time.sleep(0.01)
-print("LEAK")
-"""
-  result = attack(stubborn, wall_seconds=1.0)
-  assert (result.reason, result.returncode) == ("wall", None)
-  assert 1 <= result.seconds < 2
-
-
-def test_daemons_end_with_the_run(attack):
-  script = """
-import os, time
-if os.fork() == 0:
-  os.setsid()
-  if os.fork() == 0:
-    for number in range(3, 64):
-      try: os.close(number)
-      except OSError: pass
-    null = os.open("/dev/null", os.O_RDWR)
-    for number in range(3): os.dup2(null, number)
-    time.sleep(60)
-  os._exit(0)
-os.wait()
-print("left")
-"""
-  result = attack(script)
-  assert result.stdout == b"left\n" and result.reason == "exit"
-  assert result.seconds < 2
 
 
 def test_signals_to_others(attack):
@@ -466,22 +246,6 @@ for command in (["su", "-c", "id -u"], ["mount", "-t", "tmpfs", "x", "."]):
 print("done")
 """
   assert attack(script).stdout == b"done\n"
-
-
-def test_deep_recursion_and_deep_folders(attack):
-  script = """
-import os, sys
-for _ in range(150):
-  os.mkdir("d" * 60); os.chdir("d" * 60)
-os.chmod(".", 0)
-sys.setrecursionlimit(10**5)
-def deeper(n): return deeper(n + 1) + 1
-try: deeper(0)
-except (MemoryError, RecursionError): pass
-print("back")
-"""
-  # Where frames are too many for the stack or the memory, that ends it.
-  assert attack(script).reason in ("exit", "memory", "cpu")
 
 
 def test_one_run_sees_nothing_of_another(attack):
@@ -582,10 +346,10 @@ rm -f full /dev/shm/f
 echo done
 i=0; while [ $i -lt 60 ]; do sleep 30.25 & i=$((i+1)); done; echo LEAK fork
 """
-  result = box.run(["/bin/sh", "-c", script], limits=LIMITS)
+  result = box.run(["/bin/sh", "-c", script], limits=attacks.LIMITS)
   assert result.stdout == b"done\n", result
   assert b"fork" in result.stderr and result.reason == "exit"
-  assert not processes_with("30.25")
+  assert not attacks.processes_with("30.25")
 
 
 def test_what_an_owner_could_do_outside():

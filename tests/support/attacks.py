@@ -1,0 +1,67 @@
+"""What tests of hostile code share: its limits, and a run that looks after it.
+
+Each attack is a Python script that prints LEAK where it got through. After
+each the host has no process, no file and no listener of it.
+"""
+
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+import pytest
+
+from dsv32_jax.agents import sandbox
+from dsv32_jax.agents.sandbox import probing
+
+MARK = "attack-7f3a9c"
+LIMITS = sandbox.Limits(
+  wall_seconds=3.0,
+  cpu_seconds=2,
+  memory_bytes=256 << 20,
+  processes=20,
+  output_bytes=100_000,
+  disk_bytes=8 << 20,
+  files=200,
+)
+
+
+@pytest.fixture(scope="module", params=["bubblewrap", "landlock"])
+def attack(request):
+  if request.param == "landlock":
+    backend = probing.find_landlock()
+  else:
+    backend = probing.find_bubblewrap(user_namespace=os.geteuid() != 0)
+  box = sandbox.Sandbox(backend)
+
+  def run(script, *arguments, files=None, **changed):
+    folders = set(pathlib.Path(tempfile.gettempdir()).glob("box-*"))
+    limits = LIMITS.__class__(**{**vars(LIMITS), **changed})
+    command = [sys.executable, "-I", "-c", f"# {MARK}\n" + script]
+    begin = time.monotonic()
+    result = box.run(
+      [*command, *map(str, arguments)], files=files, limits=limits
+    )
+    assert time.monotonic() - begin < limits.wall_seconds + 1.5
+    assert not processes_with(MARK)
+    left = set(pathlib.Path(tempfile.gettempdir()).glob("box-*")) - folders
+    assert not [path for path in left if path.stat().st_uid >= 1 << 30]
+    assert b"LEAK" not in result.stdout, result
+    return result
+
+  return run
+
+
+def processes_with(text: str) -> list[int]:
+  """Returns the processes, zombies apart, with this on their command line."""
+  found = []
+  for entry in os.scandir("/proc"):
+    if entry.name.isdigit() and int(entry.name) != os.getpid():
+      try:
+        line = pathlib.Path(f"/proc/{entry.name}/cmdline").read_bytes()
+      except OSError:
+        continue
+      if text.encode() in line:
+        found.append(int(entry.name))
+  return found
