@@ -9,19 +9,14 @@ import pytest
 
 from dsv32_jax.agents import sandbox
 from dsv32_jax.agents.sandbox import probing
+from tests.support import attacks
 
-BACKENDS = {
-  "bubblewrap": lambda: probing.find_bubblewrap(
-    user_namespace=os.geteuid() != 0
-  ),
-  "landlock": probing.find_landlock,
-}
 PYTHON = [sys.executable, "-I", "-c"]
 
 
-@pytest.fixture(scope="module", params=list(BACKENDS))
+@pytest.fixture(scope="module", params=attacks.BACKENDS)
 def box(request):
-  return sandbox.Sandbox(BACKENDS[request.param]())
+  return attacks.make(request.param)
 
 
 def test_what_goes_in_comes_out(box):
@@ -83,7 +78,8 @@ def test_runs_side_by_side(box):
 
 def test_cancelling_ends_the_processes(box):
   async def cancelled():
-    run = asyncio.ensure_future(box.run_async(["/bin/sleep", "60.125"]))
+    script = f"sleep 60; echo {attacks.MARK}"
+    run = asyncio.ensure_future(box.run_async(["/bin/sh", "-c", script]))
     await asyncio.sleep(0.3)
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -92,7 +88,7 @@ def test_cancelling_ends_the_processes(box):
   begin = time.monotonic()
   asyncio.run(cancelled())
   assert time.monotonic() - begin < 5
-  assert not processes_with(b"60.125")
+  assert not attacks.processes_with(attacks.MARK)
 
 
 def test_limits_and_arguments_are_checked(box):
@@ -147,26 +143,9 @@ def test_a_sandbox_that_leaks_is_refused():
     has_unix_sockets = False
 
     def start(self, argv, **options):
-      backend = BACKENDS["bubblewrap"]()
+      backend = attacks.make("bubblewrap")._backend
       options["readable"] = [*options["readable"], os.path.dirname(argv[4])]
       return backend.start(argv, **options)
 
   with pytest.raises(sandbox.SandboxError, match="reads the host's files"):
     probing._tested(Leaky())
-
-
-def processes_with(text: bytes) -> list[int]:
-  """Returns the processes with this text on their command line."""
-  found = []
-  for entry in os.scandir("/proc"):
-    if entry.name.isdigit():
-      try:
-        with open(f"/proc/{entry.name}/cmdline", "rb") as file:
-          line = file.read()
-        with open(f"/proc/{entry.name}/stat") as file:
-          is_zombie = ") Z " in file.read()
-      except OSError:
-        continue
-      if text in line and not is_zombie:
-        found.append(int(entry.name))
-  return found

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from dsv32_jax.agents import sandbox
-from dsv32_jax.agents.sandbox import probing
 from dsv32_jax.agents.sandbox import processes
+from tests.support import attacks
 
 SOURCE = """
 import os, sys, time
@@ -44,13 +44,10 @@ LIMITS = sandbox.Limits(
 )
 
 
-@pytest.fixture(scope="module", params=["bubblewrap", "landlock"])
+@pytest.fixture(scope="module", params=attacks.BACKENDS)
 def worker(request):
-  if request.param == "landlock":
-    backend = probing.find_landlock()
-  else:
-    backend = probing.find_bubblewrap(user_namespace=os.geteuid() != 0)
-  with sandbox.Worker(sandbox.Sandbox(backend), SOURCE, limits=LIMITS) as made:
+  box = attacks.make(request.param)
+  with sandbox.Worker(box, SOURCE, limits=LIMITS) as made:
     yield made
 
 

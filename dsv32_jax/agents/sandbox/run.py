@@ -29,6 +29,8 @@ _ENVIRONMENT = {
   "PYTHONDONTWRITEBYTECODE": "1",
   # A thread a core would spend the limit of processes.
   "OMP_NUM_THREADS": "1",
+  # Else each thread reserves address space of its own.
+  "MALLOC_ARENA_MAX": "2",
   "OPENBLAS_NUM_THREADS": "1",
 }
 
@@ -308,6 +310,8 @@ async def in_thread(work: Callable[[threading.Event], _T]) -> _T:
   except asyncio.CancelledError:
     cancelled.set()
     await asyncio.wait([future])
+    if not future.cancelled():
+      future.exception()  # Of no interest any more, but has to be asked for.
     raise
 
 

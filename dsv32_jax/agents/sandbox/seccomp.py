@@ -139,11 +139,13 @@ def program(*, unix_sockets: bool, own_user: bool) -> bytes:
       syscalls.add_rule(refuse, name, others)
   for number in _UNKNOWN:
     syscalls.add_rule(pyseccomp.ERRNO(errno.ENOSYS), number)
+  # ZeroMQ takes this as a machine without network, any other as an accident.
+  refuse_socket = pyseccomp.ERRNO(errno.EOPNOTSUPP)
   if unix_sockets:
     family = pyseccomp.Arg(0, pyseccomp.NE, _AF_UNIX)
-    syscalls.add_rule(refuse, "socket", family)
+    syscalls.add_rule(refuse_socket, "socket", family)
   else:
-    syscalls.add_rule(refuse, "socket")
+    syscalls.add_rule(refuse_socket, "socket")
   # TIOCSTI types into the terminal of whoever started the run.
   tiocsti = pyseccomp.Arg(1, pyseccomp.MASKED_EQ, 0xFFFFFFFF, 0x5412)
   syscalls.add_rule(refuse, "ioctl", tiocsti)

@@ -10,7 +10,7 @@ from dsv32_jax.agents.sandbox import limits as limits_lib
 
 _COUNTER = itertools.count()
 _LOCK = threading.Lock()
-_SLOTS = 256
+SLOTS = 256
 
 
 def new_user() -> int:
@@ -20,12 +20,17 @@ def new_user() -> int:
   this process sees few ids, as in a container that maps 65536, they may.
   """
   with _LOCK:
-    slot = next(_COUNTER) % _SLOTS
+    slot = next(_COUNTER) % SLOTS
+  return first_user() + slot
+
+
+def first_user() -> int:
+  """Returns the lowest of the SLOTS user ids of this process."""
   rows = pathlib.Path("/proc/self/uid_map").read_text().splitlines()
   first, _, count = (int(field) for field in rows[-1].split())
   if first + count >= (1 << 32) - 1:
-    return (1 << 30) + os.getpid() * _SLOTS + slot
-  return 20000 + (os.getpid() * _SLOTS + slot) % 40000
+    return (1 << 30) + os.getpid() * SLOTS
+  return 20000 + os.getpid() * SLOTS % 40000
 
 
 def become(user: int) -> list[str]:
