@@ -2,7 +2,10 @@
 
 import asyncio
 import os
+import pathlib
+import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -149,3 +152,44 @@ def test_a_sandbox_that_leaks_is_refused():
 
   with pytest.raises(sandbox.SandboxError, match="reads the host's files"):
     probing._tested(Leaky())
+
+
+@pytest.mark.parametrize("name", attacks.BACKENDS)
+def test_nothing_outlives_the_one_who_started_it(name):
+  # The lengths tell these sleeps from others of the machine.
+  length = f"60.{os.getpid()}"
+  script = f"setsid sleep {length} & sleep {length}; echo {attacks.MARK}"
+  program = f"""if True:
+    from tests.support import attacks
+    from dsv32_jax.agents import sandbox
+    box = attacks.make({name!r})
+    limits = sandbox.Limits(wall_seconds=100)
+    box.run(["/bin/sh", "-c", {script!r}], limits=limits)
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    host = subprocess.Popen(
+      [sys.executable, "-c", program],
+      cwd=pathlib.Path(__file__).parents[2],
+      env={"TMPDIR": folder, "PATH": "/usr/bin:/bin"},
+    )
+    try:
+      assert within(
+        20, lambda: len(attacks.processes_with(f"sleep\0{length}")) == 2
+      )
+    finally:
+      host.kill()
+      host.wait()
+    for text in (attacks.MARK + "\0", length):
+      assert within(5, lambda text=text: not attacks.processes_with(text))
+    assert within(5, lambda: not os.listdir(folder))
+
+
+def within(seconds: float, condition) -> bool:
+  """Returns whether a condition comes true in this time."""
+  end = time.monotonic() + seconds
+  while time.monotonic() < end:
+    if condition():
+      return True
+    time.sleep(0.02)
+  return False
