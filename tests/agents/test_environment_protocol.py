@@ -30,10 +30,14 @@ def submit(answer):
 
 def calls_of(record, task):
   messages, _ = export.trajectory(record, task)
-  return [
-    protocol.ToolCall(**message["tool_calls"][0])
+  functions = [
+    message["tool_calls"][0]["function"]
     for message in messages
     if "tool_calls" in message
+  ]
+  return [
+    protocol.ToolCall(name=f["name"], arguments=json.loads(f["arguments"]))
+    for f in functions
   ]
 
 

@@ -325,7 +325,9 @@ def test_a_synthesised_environment_is_played_to_its_reward(tokenizer):
   task = record["tasks"][0]
   played, _ = export.trajectory(record, task)
   moves = [
-    policies.call(call["name"], json.dumps(call["arguments"]), reasoning="next")
+    policies.call(
+      call["function"]["name"], call["function"]["arguments"], reasoning="next"
+    )
     for message in played
     for call in message.get("tool_calls", ())
   ]

@@ -14,6 +14,7 @@ import psutil
 from pyarrow import parquet
 import pytest
 
+from dsv32_jax.agents import chat
 from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.synthesis.general import campaign
 from dsv32_jax.agents.synthesis.general import china
@@ -181,7 +182,25 @@ def test_a_solution_is_played_in_few_messages():
   record, task = world.tasks("total")[0]
   messages, reward = export.trajectory(record, task)
   assert reward == 1
-  assert len(messages) == 1 + 2 * (task["solution_calls"] + 1)
+  assert len(messages) == 2 + 2 * (task["solution_calls"] + 1)
+  # As fine-tuning reads them: every call comes back from the official string.
+  text = chat.encode_messages(messages, "chat")
+  answers = [x for x in text.split("</think>")[1:] if "function_calls" in x]
+  calls = [
+    call["function"]
+    for answer in answers
+    for call in chat.parse_message_from_completion_text(
+      answer.split("<\uff5cend\u2581of\u2581sentence\uff5c>")[0], "chat"
+    )["tool_calls"]
+  ]
+  wanted = [
+    call["function"]
+    for message in messages
+    for call in message.get("tool_calls", ())
+  ]
+  assert [c["name"] for c in calls] == [c["name"] for c in wanted]
+  for got, want in zip(calls, wanted, strict=True):
+    assert json.loads(got["arguments"]) == json.loads(want["arguments"])
 
 
 def test_a_killed_run_continues_to_the_same_bytes(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jsonschema
 
+from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.synthesis.general import database
 from dsv32_jax.agents.synthesis.general import programs
@@ -92,7 +93,7 @@ class GeneralEnvironment:
     state["steps"] += 1
     try:
       value = self.tools.run(name, arguments)
-    except tool_specs.ToolError as error:
+    except tools.ToolError as error:
       text = f"error: {error}"
     else:
       text = json.dumps(value, ensure_ascii=False)
@@ -146,22 +147,20 @@ class Tools:
     """Returns what a tool answers.
 
     Raises:
-      tool_specs.ToolError: if there is no such tool, or the arguments are not
+      tools.ToolError: if there is no such tool, or the arguments are not
         of its schema or name nothing.
     """
     if name not in self._specs:
-      raise tool_specs.ToolError(f"there is no tool {name!r}")
+      raise tools.ToolError(f"there is no tool {name!r}")
     spec, validator = self._specs[name]
     if not validator.is_valid(arguments):
       wrong = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
       where = "".join(f".{part}" for part in wrong.absolute_path)
-      raise tool_specs.ToolError(
-        f"{name}: arguments{where}: {wrong.message[:200]}"
-      )
+      raise tools.ToolError(f"{name}: arguments{where}: {wrong.message[:200]}")
     try:
       return tool_specs.execute(spec, arguments, self.connection)
     except UnicodeEncodeError as error:
-      raise tool_specs.ToolError(f"{name}: text is no Unicode") from error
+      raise tools.ToolError(f"{name}: text is no Unicode") from error
 
   def functions(self, calls: list[tuple[str, Any, Any]]):
     """Returns the tools as functions of keywords, each call noted.

@@ -11,9 +11,9 @@ Each file is derived from environments.jsonl.
   levels passed, {level, solution_calls, added_tools}.
 `rejections.jsonl`: environment, try, kind, level (0: before the first), reason.
 `trajectories.jsonl` and `trajectories.parquet`: a row a solution.
-  id: of the task; reward: what the environment gave; messages: JSON list of
-  {role: user | assistant | tool, content} where an assistant has tool_calls,
-  a list of {name, arguments}, instead of content.
+  id: of the task; reward: what the environment gave; messages: JSON list as
+  `chat.encode_messages` takes it: a system message with the tools, then user,
+  assistant (content empty, tool_calls) and tool messages.
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.synthesis.general import campaign
 from dsv32_jax.agents.synthesis.general import programs
@@ -75,13 +76,13 @@ def task_rows(source: pathlib.Path) -> Iterator[dict[str, Any]]:
   """Yields the rows of tasks.parquet."""
   for record in campaign.read(source):
     shown = ("name", "description", "parameters")
-    tools = [{k: tool[k] for k in shown} for tool in record["tools"]]
+    schemas = [{k: tool[k] for k in shown} for tool in record["tools"]]
     for task in record["tasks"]:
       row = {
         "environment": record["id"],
         "domain": record["domain"],
         "prompt": general.prompt(task),
-        "tools": json.dumps(tools),
+        "tools": json.dumps(schemas),
       }
       for name in TASK_SCHEMA.names:
         if name not in row:
@@ -113,14 +114,19 @@ def trajectory(record, task) -> tuple[list[dict[str, Any]], float]:
   functions = environment.tools.functions(calls)
   answer = programs.load(task["solution"], "solve", functions)()
   submitted = {"answer_text": json.dumps(answer, ensure_ascii=False)}
-  messages = [{"role": "user", "content": start.observation}]
+  shown = tools.CallChecker(start.tools).descriptions()
+  messages = [
+    {"role": "system", "content": "", "tools": shown},
+    {"role": "user", "content": start.observation},
+  ]
   for name, arguments in [
     *((name, arguments) for name, arguments, _ in calls),
     ("submit_result", submitted),
   ]:
     step = environment.call(name, arguments)
-    call = {"name": name, "arguments": arguments}
-    messages.append({"role": "assistant", "tool_calls": [call]})
+    text = json.dumps(arguments, ensure_ascii=False)
+    call = {"type": "function", "function": {"name": name, "arguments": text}}
+    messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
     messages.append({"role": "tool", "content": step.observation})
   reward = environment.reward()
   environment.connection.close()

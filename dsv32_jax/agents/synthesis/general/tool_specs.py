@@ -10,6 +10,7 @@ import math
 import sqlite3
 from typing import Any
 
+from dsv32_jax.agents import tools
 from dsv32_jax.agents.synthesis.general import database
 from dsv32_jax.agents.synthesis.general import schema
 
@@ -46,24 +47,20 @@ class ToolSpec:
     return cls(**{**record, "exists": exists})
 
 
-class ToolError(Exception):
-  """A call that a policy can correct; the message is its observation."""
-
-
 def execute(
   spec: ToolSpec, arguments: Mapping[str, Any], connection: sqlite3.Connection
 ) -> Any:
   """Runs a tool whose arguments fit its schema.
 
   Raises:
-    ToolError: if it names something that is not there.
+    tools.ToolError: if it names something that is not there.
   """
   for argument, table in spec.exists:
     found = connection.execute(
       f"SELECT 1 FROM {quote(table)} WHERE name = ?", (arguments[argument],)
     ).fetchone()
     if found is None:
-      raise ToolError(f"no {table} is called {arguments[argument]!r}")
+      raise tools.ToolError(f"no {table} is called {arguments[argument]!r}")
   # SQLite takes no lists: keywords choose among the columns afterwards.
   bound = {k: v for k, v in arguments.items() if not isinstance(v, list)}
   rows = connection.execute(spec.sql, bound).fetchall()
@@ -281,7 +278,7 @@ def _shape_page(rows, shape, arguments):
 
 def _shape_row(rows, shape, arguments):
   if not rows:
-    raise ToolError("nothing is known about this combination")
+    raise tools.ToolError("nothing is known about this combination")
   return dict(zip(shape["columns"], rows[0]))
 
 
