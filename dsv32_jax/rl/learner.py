@@ -10,45 +10,20 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsv32_jax.model import moe
 from dsv32_jax.model import transformer
 from dsv32_jax.rl import config as config_lib
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import logprobs
 from dsv32_jax.rl import microbatches as microbatches_lib
 from dsv32_jax.rl import replay as replay_lib
-from dsv32_jax.training import losses
-from dsv32_jax.training import optimizer as optimizer_lib
 from dsv32_jax.training import step as step_lib
 
 # B batch, T tokens, E experts, L layers, P prompts, G answers a prompt
-
-
-class Totals(NamedTuple):
-  """What losses of a batch are divided by, over all its microbatches."""
-
-  written: jax.Array
-  further_targets: jax.Array
-  tokens: jax.Array
-  microbatches: int
-
-
-def totals(batch, microbatches: int = 1) -> Totals:
-  """Counts the tokens of a whole batch."""
-  tokens = batch.batch
-  _, further_BT = losses.mtp_targets(tokens.targets_BT, tokens.loss_mask_BT)
-  return Totals(
-    written=jnp.maximum(jnp.sum(tokens.loss_mask_BT), 1.0),
-    further_targets=jnp.maximum(jnp.sum(further_BT), 1.0),
-    tokens=jnp.maximum(jnp.sum(tokens.segments_BT > 0), 1).astype(jnp.float32),
-    microbatches=microbatches,
-  )
 
 
 class Reference(NamedTuple):
@@ -137,18 +112,18 @@ def rl_loss(
     model: the policy.
     batch: ReplayBatch, or a piece of one.
     config: config_lib.LearnerConfig.
-    per: Totals of the whole batch; default: of `batch`.
+    per: step.Denominators of the whole batch; default: of `batch`.
     remat: rematerialisation of a layer, or None.
 
   Returns:
     The scalar loss, and (metrics, load_LE) as of `step.stage_loss`.
   """
-  stage = config.stage
-  per = per or totals(batch)
+  stage, tokens = config.stage, batch.batch
+  per = per or step_lib.denominators(tokens, 1)
   output, logp_BT, entropy_BT = policy_forward(
     model, batch, config, routing=config.keep_routing, remat=remat
   )
-  mask_BT = batch.batch.loss_mask_BT
+  mask_BT = tokens.loss_mask_BT
   policy_loss, metrics = grpo.grpo_loss(
     logp_BT,
     batch.old_logp_BT,
@@ -159,59 +134,22 @@ def rl_loss(
     kl_weight_B=batch.kl_weight_B,
     num_sequences=batch.num_sequences,
   )
-  metrics["entropy"] = jnp.sum(entropy_BT * mask_BT) / per.written
+  metrics["entropy"] = jnp.sum(entropy_BT * mask_BT) / per.targets
   metrics["policy_loss"] = policy_loss
   loss = stage.lm_weight * policy_loss
-  extra, found, load_LE = _other_losses(model, output, batch, stage, per, remat)
-  loss += extra
+  further, found, load_LE = step_lib.further_losses(
+    model,
+    output,
+    tokens,
+    stage,
+    per,
+    positions_BT=tokens.positions_BT,
+    segments_BT=tokens.segments_BT,
+    options=stage.options(model.config),
+    remat=remat,
+  )
+  loss += further
   return loss, (metrics | found | {"loss": loss}, load_LE)
-
-
-def _other_losses(model, output, batch, stage, per, remat):
-  """Indexer KL, multi-token prediction and balance, weighted."""
-  tokens = batch.batch
-  real_BT = tokens.segments_BT > 0
-  parts = [part for part in (output.dense, output.moe) if part is not None]
-  loss, metrics = jnp.float32(0.0), {}
-  if model.mtp is not None and (stage.mtp_weight or stage.indexer_weight):
-    hidden_BTD, further = model.predict_further(
-      output,
-      tokens.tokens_BT,
-      positions_BT=tokens.positions_BT,
-      segments_BT=tokens.segments_BT,
-      options=stage.options(model.config),
-      remat=remat,
-    )
-    parts.append(jax.tree.map(lambda leaf: leaf[None], further))
-    if stage.mtp_weight:
-      targets_BT, mask_BT = losses.mtp_targets(
-        tokens.targets_BT, tokens.loss_mask_BT
-      )
-      value, _ = losses.lm_loss(
-        hidden_BTD,
-        model.head.kernel[...],
-        targets_BT,
-        mask_BT,
-        per.further_targets,
-      )
-      loss += stage.mtp_weight * value
-      metrics["mtp_loss"] = value
-  if stage.indexer_weight:
-    kl_LBT = jnp.concatenate([part.kl_BT for part in parts])
-    value, found = losses.indexer_loss(kl_LBT, real_BT, per.tokens)
-    loss += stage.indexer_weight * value
-    metrics |= found
-  routed = [part for part in parts if part.balance is not None]
-  load_LE = None
-  if routed:
-    balance = sum(jnp.sum(part.balance) for part in routed)
-    balance = balance / per.microbatches
-    loss += stage.balance_weight * balance
-    metrics["balance_loss"] = balance
-    load_LE = jnp.concatenate([part.load_E for part in routed])
-  invalid = [part.invalid_BT for part in parts if part.invalid_BT is not None]
-  metrics["invalid_rows"] = sum(map(jnp.sum, invalid)) + jnp.float32(0.0)
-  return loss, metrics, load_LE
 
 
 def make_learner_step(
@@ -239,51 +177,25 @@ def make_learner_step(
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: step_lib.TrainState, batch: replay_lib.ReplayBatch):
-    per = totals(batch, microbatches)
+    per = step_lib.denominators(batch.batch, microbatches)
 
     def loss_of(trained, batch):
       model = step_lib.merge_model(graph, state._replace(trained=trained))
       return rl_loss(model, batch, config, per=per, remat=remat)
 
-    gradients, (metrics, load_LE) = microbatches_lib.accumulate(
-      jax.grad(loss_of, has_aux=True), state.trained, batch, microbatches
+    gradients, (metrics, load_LE) = step_lib.accumulate(
+      jax.grad(loss_of, has_aux=True),
+      state.trained,
+      batch,
+      microbatches_lib.cut,
+      microbatches,
     )
-    updates, optimizer_state = optimizer.update(
-      gradients, state.optimizer, state.trained
+    state, found = step_lib.update(
+      state, gradients, load_LE, config.stage, optimizer
     )
-    bias, speed = state.router_bias, config.stage.router_bias_speed
-    if load_LE is not None and speed:
-      applied = optimizer_state.consecutive_skips == 0
-      bias = _move_bias(bias, load_LE, speed * applied)
-    metrics |= {
-      "gradient_norm": optimizer_lib.global_norm(gradients),
-      "skipped_steps": optimizer_state.skipped,
-    }
-    state = state._replace(
-      trained=optax.apply_updates(state.trained, updates),
-      router_bias=bias,
-      optimizer=optimizer_state,
-      step=state.step + 1,
-    )
-    return state, metrics
+    return state, metrics | found
 
   return step
-
-
-def _move_bias(bias_state, load_LE, speed):
-  """Moves each router's bias; the multi-token prediction's load is last."""
-  flat = nnx.to_flat_state(bias_state)
-  routers = sum(v.get_value().size // load_LE.shape[1] for _, v in flat)
-  moved = []
-  for path, variable in flat:
-    bias = variable.get_value()
-    if "mtp" not in path:
-      bias = moe.update_bias(bias, load_LE[: bias.shape[0]], speed)
-    elif len(load_LE) == routers:
-      # Without a loss of its own the multi-token prediction does not run.
-      bias = moe.update_bias(bias, load_LE[-1], speed)
-    moved.append((path, variable.replace(bias)))
-  return nnx.from_flat_state(moved)
 
 
 def learn(step, score_reference, config, state, reference, batches):

@@ -1,4 +1,4 @@
-"""Gradients of a replay batch piece by piece, where it does not fit at once."""
+"""A replay batch in pieces, where its gradients do not fit at once."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from dsv32_jax import sharding
 from dsv32_jax.rl import logprobs
 from dsv32_jax.rl import replay
+from dsv32_jax.training import step
 
 # B batch, T tokens, M microbatches, L layers
 
@@ -18,17 +19,13 @@ def cut(batch: replay.ReplayBatch, microbatches: int) -> replay.ReplayBatch:
   Raises:
     ValueError: if the rows do not divide.
   """
-  rows = batch.old_logp_BT.shape[0]
-  if rows % microbatches:
-    raise ValueError(f"{rows=} of the batch do not divide by {microbatches=}")
 
   def by_rows(x):
-    pieces = x.reshape(microbatches, rows // microbatches, *x.shape[1:])
-    rest = ("length", None)[: x.ndim - 1]
-    return sharding.constrain(pieces, None, "batch", *rest)
+    return step.cut_rows(x, microbatches)
 
   def by_layers(x):
-    shape = (x.shape[0], microbatches, rows // microbatches, *x.shape[2:])
+    rows = step.rows_of_piece(x.shape[1], microbatches)
+    shape = (x.shape[0], microbatches, rows, *x.shape[2:])
     pieces = jnp.moveaxis(x.reshape(shape), 1, 0)
     return sharding.constrain(pieces, None, None, "batch", "length", None)
 
@@ -43,32 +40,3 @@ def cut(batch: replay.ReplayBatch, microbatches: int) -> replay.ReplayBatch:
     experts_LBTA=jax.tree.map(by_layers, batch.experts_LBTA),
     selection_LBTS=jax.tree.map(by_layers, batch.selection_LBTS),
   )
-
-
-def accumulate(gradient, trained, batch: replay.ReplayBatch, microbatches: int):
-  """Sums gradients (float32), metrics and loads over the pieces.
-
-  Args:
-    gradient: of (trained, batch) to (gradients, (metrics, load_LE)), whose
-      sums over pieces are those of the whole.
-    trained: parameters.
-    batch: whole.
-    microbatches: pieces M.
-  """
-  if microbatches == 1:
-    return gradient(trained, batch)
-  pieces = cut(batch, microbatches)
-
-  def in_float32(found):
-    gradients, rest = found
-    return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), rest
-
-  def one(total, piece):
-    found = in_float32(gradient(trained, piece))
-    return jax.tree.map(jnp.add, total, found), None
-
-  first = jax.tree.map(lambda x: x[0], pieces)
-  shapes = jax.eval_shape(lambda *a: in_float32(gradient(*a)), trained, first)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  total, _ = jax.lax.scan(one, zeros, pieces)
-  return total

@@ -102,40 +102,63 @@ def stage_loss(
     remat=remat,
   )
   output = model(batch.tokens_BT, with_logits=False, **given)
-  parts = [part for part in (output.dense, output.moe) if part is not None]
   loss, metrics = jnp.float32(0.0), {}
-  kernel_DV = model.head.kernel[...]
   if stage.lm_weight:
     value, found = losses.lm_loss(
       output.hidden,
-      kernel_DV,
+      model.head.kernel[...],
       batch.targets_BT,
       batch.loss_mask_BT,
       per.targets,
     )
     loss += stage.lm_weight * value
     metrics |= {"lm_loss": value, **found}
-  further = None
+  further, found, load_LE = further_losses(
+    model, output, batch, stage, per, **given
+  )
+  loss += further
+  return loss, (metrics | found | {"loss": loss}, load_LE)
+
+
+def further_losses(model, output, batch, stage, per, **given):
+  """What a stage adds to its main loss: MTP, the indexer's KL, balance.
+
+  Args:
+    model: whose forward it was.
+    output: of the forward.
+    batch: Batch.
+    stage: StageConfig.
+    per: Denominators.
+    **given: to the forward: positions, segments, options and remat.
+
+  Returns:
+    The weighted sum, its metrics, and load_LE as of `stage_loss`.
+  """
+  parts = [part for part in (output.dense, output.moe) if part is not None]
+  loss, metrics = jnp.float32(0.0), {}
   if model.mtp is not None and (stage.mtp_weight or stage.indexer_weight):
     hidden_BTD, further = model.predict_further(
       output, batch.tokens_BT, **given
     )
     parts.append(jax.tree.map(lambda leaf: leaf[None], further))
-  if stage.mtp_weight and further is not None:
-    value, _ = losses.lm_loss(
-      hidden_BTD,
-      kernel_DV,
-      *losses.mtp_targets(batch.targets_BT, batch.loss_mask_BT),
-      per.further_targets,
-    )
-    loss += stage.mtp_weight * value
-    metrics["mtp_loss"] = value
+    if stage.mtp_weight:
+      value, _ = losses.lm_loss(
+        hidden_BTD,
+        model.head.kernel[...],
+        *losses.mtp_targets(batch.targets_BT, batch.loss_mask_BT),
+        per.further_targets,
+      )
+      loss += stage.mtp_weight * value
+      metrics["mtp_loss"] = value
   if stage.indexer_weight:
     kl_LBT = jnp.concatenate([part.kl_BT for part in parts])
-    value, found = losses.indexer_loss(kl_LBT, real_BT, per.tokens)
+    value, found = losses.indexer_loss(
+      kl_LBT, batch.segments_BT > 0, per.tokens
+    )
     loss += stage.indexer_weight * value
     metrics |= found
   routed = [part for part in parts if part.balance is not None]
+  load_LE = None
   if routed:
     balance = sum(jnp.sum(part.balance) for part in routed) / per.microbatches
     loss += stage.balance_weight * balance
@@ -144,7 +167,7 @@ def stage_loss(
   metrics["invalid_rows"] = sum(
     jnp.sum(part.invalid_BT) for part in parts if part.invalid_BT is not None
   ) + jnp.float32(0.0)
-  return loss, (metrics | {"loss": loss}, load_LE if routed else None)
+  return loss, metrics, load_LE
 
 
 def make_step(
@@ -171,43 +194,65 @@ def make_step(
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, batch: batch_lib.Batch):
-    per = _denominators(batch, microbatches)
+    per = denominators(batch, microbatches)
 
     def loss_of(trained, batch):
       model = merge_model(graph, state._replace(trained=trained))
       return stage_loss(model, batch, stage, per, remat=remat)
 
-    gradients, metrics, load_LE = _accumulate(
-      jax.grad(loss_of, has_aux=True), state.trained, batch, microbatches
+    gradients, (metrics, load_LE) = accumulate(
+      jax.grad(loss_of, has_aux=True), state.trained, batch, _cut, microbatches
     )
-    updates, optimizer_state = optimizer.update(
-      gradients, state.optimizer, state.trained
-    )
-    trained = optax.apply_updates(state.trained, updates)
-    bias = state.router_bias
-    if load_LE is not None and stage.router_bias_speed and stage.lm_weight:
-      applied = optimizer_state.consecutive_skips == 0
-      bias = _move_bias(bias, load_LE, stage.router_bias_speed * applied)
-    metrics |= {
-      "gradient_norm": optimizer_lib.global_norm(gradients),
-      "skipped_steps": optimizer_state.skipped,
-      "tokens": per.tokens,
-    }
-    if load_LE is not None:
-      mean_L = jnp.maximum(jnp.mean(load_LE, axis=-1), 1e-9)
-      metrics["max_load"] = jnp.max(jnp.max(load_LE, axis=-1) / mean_L)
-    state = state._replace(
-      trained=trained,
-      router_bias=bias,
-      optimizer=optimizer_state,
-      step=state.step + 1,
-    )
-    return state, metrics
+    state, found = update(state, gradients, load_LE, stage, optimizer)
+    return state, metrics | found | {"tokens": per.tokens}
 
   return step
 
 
-def _denominators(batch, microbatches) -> Denominators:
+def update(
+  state: TrainState,
+  gradients,
+  load_LE,
+  stage: stages.StageConfig,
+  optimizer: optax.GradientTransformation,
+):
+  """Takes a step along gradients, and moves the routers' biases.
+
+  Args:
+    state: before.
+    gradients: like `state.trained`.
+    load_LE: real tokens of each expert of each MoE layer, or None.
+    stage: StageConfig.
+    optimizer: as given to init_state.
+
+  Returns:
+    TrainState and metrics.
+  """
+  updates, optimizer_state = optimizer.update(
+    gradients, state.optimizer, state.trained
+  )
+  metrics = {
+    "gradient_norm": optimizer_lib.global_norm(gradients),
+    "skipped_steps": optimizer_state.skipped,
+  }
+  bias = state.router_bias
+  if load_LE is not None:
+    if stage.router_bias_speed and stage.lm_weight:
+      applied = optimizer_state.consecutive_skips == 0
+      bias = _move_bias(bias, load_LE, stage.router_bias_speed * applied)
+    mean_L = jnp.maximum(jnp.mean(load_LE, axis=-1), 1e-9)
+    metrics["max_load"] = jnp.max(jnp.max(load_LE, axis=-1) / mean_L)
+  state = state._replace(
+    trained=optax.apply_updates(state.trained, updates),
+    router_bias=bias,
+    optimizer=optimizer_state,
+    step=state.step + 1,
+  )
+  return state, metrics
+
+
+def denominators(batch, microbatches: int) -> Denominators:
+  """Counts what the losses of a whole batch are divided by."""
   _, further_BT = losses.mtp_targets(batch.targets_BT, batch.loss_mask_BT)
   return Denominators(
     targets=jnp.maximum(jnp.sum(batch.loss_mask_BT), 1.0),
@@ -217,36 +262,57 @@ def _denominators(batch, microbatches) -> Denominators:
   )
 
 
-def _accumulate(gradient, trained, batch, microbatches):
-  """Sums gradients (float32), metrics and loads over the microbatches."""
+def accumulate(gradient, trained, batch, cut, microbatches: int):
+  """Sums gradients (float32), metrics and loads over the microbatches.
+
+  Args:
+    gradient: of (trained, batch) to (gradients, (metrics, load_LE)), whose
+      sums over pieces are those of the whole.
+    trained: parameters.
+    batch: whole.
+    cut: of (batch, microbatches) to pieces with a leading axis M.
+    microbatches: pieces M.
+  """
   if microbatches == 1:
-    gradients, (metrics, load_LE) = gradient(trained, batch)
-    return gradients, metrics, load_LE
-  rows = batch.tokens_BT.shape[0]
-  if rows % microbatches:
-    raise ValueError(f"{rows=} of the batch do not divide by {microbatches=}")
+    return gradient(trained, batch)
+  pieces = cut(batch, microbatches)
 
-  def cut(x_BT):
-    pieces = x_BT.reshape(microbatches, rows // microbatches, *x_BT.shape[1:])
-    return sharding.constrain(pieces, None, "batch", "length")
+  def in_float32(found):
+    gradients, rest = found
+    return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), rest
 
-  def one(total, batch):
-    gradients, (metrics, load_LE) = gradient(trained, batch)
-    gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-    found = (gradients, metrics, load_LE)
+  def one(total, piece):
+    found = in_float32(gradient(trained, piece))
     return jax.tree.map(jnp.add, total, found), None
 
-  pieces = jax.tree.map(cut, batch)
   first = jax.tree.map(lambda x: x[0], pieces)
-  shapes = jax.eval_shape(gradient, trained, first)
-  gradients, (metrics, load_LE) = shapes
-  zeros = (
-    jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), gradients),
-    jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics),
-    jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), load_LE),
-  )
+  shapes = jax.eval_shape(lambda *a: in_float32(gradient(*a)), trained, first)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   total, _ = jax.lax.scan(one, zeros, pieces)
   return total
+
+
+def rows_of_piece(rows: int, microbatches: int) -> int:
+  """Returns the rows of each of M pieces.
+
+  Raises:
+    ValueError: if the rows do not divide.
+  """
+  if rows % microbatches:
+    raise ValueError(f"{rows=} of the batch do not divide by {microbatches=}")
+  return rows // microbatches
+
+
+def cut_rows(x_BTX, microbatches: int):
+  """Gives an array [B,...] a leading axis M over pieces of its rows."""
+  rows = rows_of_piece(x_BTX.shape[0], microbatches)
+  pieces = x_BTX.reshape(microbatches, rows, *x_BTX.shape[1:])
+  rest = ("length", None)[: x_BTX.ndim - 1]
+  return sharding.constrain(pieces, None, "batch", *rest)
+
+
+def _cut(batch, microbatches):
+  return jax.tree.map(lambda x_BT: cut_rows(x_BT, microbatches), batch)
 
 
 def _move_bias(bias_state, load_LE, speed):

@@ -79,7 +79,7 @@ def gradients(stage, batch):
   """Gradients of a stage's loss with respect to every parameter."""
   model = models.tiny_model(**MODEL)
   graph, params, rest = nnx.split(model, nnx.Param, ...)
-  per = step_lib._denominators(batch, 1)
+  per = step_lib.denominators(batch, 1)
 
   def loss(params):
     model = nnx.merge(graph, params, rest)
