@@ -136,6 +136,9 @@ class CallChecker:
       error = next(self._validators[name].iter_errors(arguments), None)
     except RecursionError:
       raise ToolError("the arguments are nested too deeply") from None
+    # Of numbers that a comparison of the schema turns into floats.
+    except ArithmeticError:
+      raise ToolError("the arguments hold a number out of range") from None
     if error is not None:
       where = error.json_path
       raise ToolError(f"arguments: {_short(where)}: {_short(error.message)}")

@@ -13,6 +13,7 @@ last bits: prompts and answers then go through the same chunks.)
 """
 
 from collections.abc import Callable, Sequence
+import itertools
 
 import numpy as np
 
@@ -74,8 +75,8 @@ class Engine:
     self._check(request)
     request_id = request.request_id
     if request_id is None:
-      request_id = f"request-{self._submitted}"
-    if request_id in self._live:
+      request_id = self._free_id()
+    if self._in_use(request_id):
       raise ValueError(f"{request_id=} is in use")
     seed = request.sampling.seed
     if seed is None:
@@ -92,32 +93,24 @@ class Engine:
     self._waiting.append(one)
     return request_id
 
+  def _in_use(self, request_id: str) -> bool:
+    """Until its last event is given out, also that of a cancelled request."""
+    cancelled = (one.request_id for one in self._cancelled)
+    return request_id in self._live or request_id in cancelled
+
+  def _free_id(self) -> str:
+    numbers_from = itertools.count(self._submitted)
+    names = (f"request-{number}" for number in numbers_from)
+    return next(name for name in names if not self._in_use(name))
+
   def _check(self, request):
-    ids, sampling = request.prompt_ids, request.sampling
-    if not len(ids):
-      raise ValueError(f"{len(ids)=}: the prompt is empty")
-    for name, values in (
-      ("prompt_ids", ids),
-      ("banned_ids", sampling.banned_ids),
-    ):
-      for token in values:
-        if not 0 <= token < self._vocab_size:
-          raise ValueError(
-            f"{name}: {token=} is outside vocab_size={self._vocab_size}"
-          )
-    if len(set(sampling.banned_ids)) == self._vocab_size:
-      raise ValueError("banned_ids holds every token")
-    total = len(ids) + sampling.max_tokens
-    if total > self.config.max_length:
-      raise ValueError(
-        f"{len(ids)=} and max_tokens={sampling.max_tokens} exceed"
-        f" max_length={self.config.max_length}"
-      )
-    room = self._pages.num_pages * self.config.page_size
-    if total > room:
-      raise ValueError(f"{total=} tokens exceed the cache's {room=}")
-    if sampling.stop and self._detokenize is None:
-      raise ValueError(f"stop={sampling.stop!r} needs a detokenizer")
+    requests_lib.check(
+      request,
+      vocab_size=self._vocab_size,
+      max_length=self.config.max_length,
+      room=self._pages.num_pages * self.config.page_size,
+      has_text=self._detokenize is not None,
+    )
 
   def cancel(self, request_id: str) -> None:
     """Ends a request; its last event comes with the next step.
@@ -168,6 +161,9 @@ class Engine:
       raise ValueError(f"{len(self._live)} other requests are live")
     for request in requests:
       self._check(request)
+    named = [r.request_id for r in requests if r.request_id is not None]
+    if len(set(named)) < len(named):
+      raise ValueError(f"request ids are there twice: {sorted(named)}")
     ids = [self.submit(request) for request in requests]
     events = {request_id: [] for request_id in ids}
     while self.has_work:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import math
 import numbers
 
 import numpy as np
@@ -45,13 +44,16 @@ class SamplingParameters:
   def __post_init__(self):
     _require_integer("max_tokens", self.max_tokens, 1)
     _require_integer("top_k", self.top_k, 0)
+    if self.top_k >= 1 << 31:
+      raise ValueError(f"top_k={self.top_k} must be below 2 ** 31")
     for name in ("temperature", "top_p", "min_p"):
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name}={value!r} must be a number")
-    if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+    # Beyond these, float32 logits overflow or all but one vanish.
+    if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
       raise ValueError(
-        f"temperature={self.temperature} must be finite and not negative"
+        f"temperature={self.temperature} must be 0 or between 1e-6 and 1e6"
       )
     if not 0 < self.top_p <= 1:
       raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
@@ -63,6 +65,8 @@ class SamplingParameters:
     for text in self.stop:
       if not isinstance(text, str) or not text:
         raise ValueError(f"stop={self.stop!r} must hold non-empty strings")
+      if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"stop={text!r} is no Unicode text")
     if self.seed is not None:
       _require_integer("seed", self.seed, 0)
       if self.seed >= 1 << 63:
@@ -180,3 +184,47 @@ def _require_integer(name: str, value, least: int) -> None:
     raise ValueError(f"{name}={value!r} must be an integer")
   if value < least:
     raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def check(
+  request: Request,
+  *,
+  vocab_size: int,
+  max_length: int,
+  room: int,
+  has_text: bool,
+) -> None:
+  """Raises ValueError for a request that an engine cannot serve.
+
+  Args:
+    request: what is asked.
+    vocab_size: ids that the model has.
+    max_length: tokens of a sequence at most.
+    room: tokens that the whole cache holds.
+    has_text: whether the engine turns tokens into text.
+  """
+  ids, sampling = request.prompt_ids, request.sampling
+  if not isinstance(request.request_id, str | None):
+    raise ValueError(f"request_id={request.request_id!r} must be a string")
+  if not len(ids):
+    raise ValueError(f"{len(ids)=}: the prompt is empty")
+  for name, values in (
+    ("prompt_ids", ids),
+    ("banned_ids", sampling.banned_ids),
+  ):
+    for token in values:
+      if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+        raise ValueError(f"{name}: {token=} must be an integer")
+      if not 0 <= token < vocab_size:
+        raise ValueError(f"{name}: {token=} is outside {vocab_size=}")
+  if len(set(sampling.banned_ids)) == vocab_size:
+    raise ValueError("banned_ids holds every token")
+  total = len(ids) + sampling.max_tokens
+  if total > max_length:
+    raise ValueError(
+      f"{len(ids)=} and max_tokens={sampling.max_tokens} exceed {max_length=}"
+    )
+  if total > room:
+    raise ValueError(f"{total=} tokens exceed the cache's {room=}")
+  if sampling.stop and not has_text:
+    raise ValueError(f"stop={sampling.stop!r} needs a detokenizer")

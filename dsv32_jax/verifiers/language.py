@@ -38,11 +38,9 @@ _LANGUAGES = {
   "th": ("thai",),
   "zh": ("han",),
 }
-_NOT_PROSE = re.compile(
-  r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$"
-  r"|\\\[.*?\\\]|\\\(.*?\\\)|\\[A-Za-z]+(?:\{[^{}]*\})*|https?://\S+",
-  re.DOTALL,
-)
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+_FORMULAS = ((r"\[", r"\]"), (r"\(", r"\)"), ("$$", "$$"))
+_NOT_PROSE = re.compile(r"\$[^$\n]*\$|\\[A-Za-z]+(?:\{[^{}]*\})*|https?://\S+")
 _WORD = re.compile(f"[{_HAN}{_KANA}]|[^\\W\\d_{_HAN}{_KANA}]+")
 
 
@@ -56,10 +54,28 @@ def language_share(text: str, language: str) -> float:
     raise ValueError(f"{language=} must be one of {', '.join(_LANGUAGES)}")
   letters = "".join(_SCRIPTS[script] for script in _LANGUAGES[language])
   inside = re.compile(f"[{letters}]+")
+  text = _CODE.sub(" ", text)
+  for opening, closing in _FORMULAS:
+    text = _without(text, opening, closing)
   words = _WORD.findall(_NOT_PROSE.sub(" ", text))
   if not words:
     return 1.0
   return sum(bool(inside.fullmatch(word)) for word in words) / len(words)
+
+
+def _without(text: str, opening: str, closing: str) -> str:
+  """Leaves out what stands between marks; an opening alone opens nothing.
+
+  A regular expression would look for the end anew behind every opening.
+  """
+  kept, place = [], 0
+  while (begin := text.find(opening, place)) >= 0:
+    end = text.find(closing, begin + len(opening))
+    if end < 0:
+      break
+    kept.append(text[place:begin])
+    place = end + len(closing)
+  return " ".join([*kept, text[place:]])
 
 
 def language_score(text: str, language: str) -> score.Score:

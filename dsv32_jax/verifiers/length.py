@@ -1,6 +1,7 @@
 """A penalty on long answers. The paper has one and publishes no form."""
 
 import dataclasses
+import math
 
 from dsv32_jax.verifiers import score
 
@@ -25,8 +26,8 @@ class LengthPenalty:
         f"free_tokens={self.free_tokens} must be at least 0 and below"
         f" max_tokens={self.max_tokens}"
       )
-    if not self.weight >= 0:
-      raise ValueError(f"weight={self.weight} must not be negative")
+    if not 0 <= self.weight < math.inf:
+      raise ValueError(f"weight={self.weight} must be finite, not negative")
 
   def score(self, num_tokens: int) -> score.Score:
     """Returns a reward of at most 0 for a response of so many tokens."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import logging
-import math
 import secrets
 
 from dsv32_jax.verifiers import format as format_lib
@@ -42,8 +41,9 @@ class Criterion:
   def __post_init__(self):
     if not self.text.strip():
       raise ValueError(f"text={self.text!r} of a criterion is empty")
-    if not 0 < self.weight < math.inf:
-      raise ValueError(f"weight={self.weight} must be positive and finite")
+    # Sums of weights stay finite.
+    if not 0 < self.weight <= 1e9:
+      raise ValueError(f"weight={self.weight} must be above 0, at most 1e9")
 
 
 def judge_messages(

@@ -1,6 +1,7 @@
 """The pipeline: seeds, distinctness, the filter, a killed run, the exports."""
 
 import collections
+import fcntl
 import json
 import math
 import os
@@ -282,3 +283,19 @@ def test_exports_and_report(tmp_path):
 def test_bad_numbers_are_told(changes):
   with pytest.raises(ValueError, match=next(iter(changes))):
     pipeline.SynthesisConfig(**changes)
+
+
+def test_damaged_files_are_named(tmp_path):
+  (tmp_path / campaign.ENVIRONMENTS_FILE).write_text('{"a": 1}\n{broken\n')
+  with pytest.raises(ValueError, match=r"environments\.jsonl:2: "):
+    list(campaign.read(tmp_path / campaign.ENVIRONMENTS_FILE))
+  (tmp_path / campaign.CONFIG_FILE).write_text("[]")
+  with pytest.raises(ValueError, match=r"config\.json is not a JSON object"):
+    campaign.run(TINY, tmp_path)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+  with (tmp_path / campaign.LOCK_FILE).open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another synthesis runs"):
+      campaign.run(TINY, tmp_path)

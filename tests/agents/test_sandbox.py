@@ -193,3 +193,12 @@ def within(seconds: float, condition) -> bool:
       return True
     time.sleep(0.02)
   return False
+
+
+def test_what_no_kernel_takes_is_refused(box):
+  with pytest.raises(ValueError, match="memory_bytes"):
+    sandbox.Limits(memory_bytes=1 << 70)
+  with pytest.raises(ValueError, match="too long"):
+    box.run(["/bin/true"], files={"a/" * 3000 + "b": "x"})
+  with pytest.raises(ValueError, match="files and folders"):
+    box.run(["/bin/true"], files={"a/" * 450 + "b": "x"})

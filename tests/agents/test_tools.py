@@ -15,6 +15,7 @@ PARAMETERS = {
     "city": {"type": "string"},
     "days": {"type": "integer", "minimum": 1},
     "tags": {"type": "array", "uniqueItems": True},
+    "share": {"type": "number", "multipleOf": 0.5},
     "tree": {"$ref": "#/$defs/tree"},
   },
   "required": ["city"],
@@ -81,6 +82,10 @@ WRONG = {
   "deep by schema": (
     '{"city": "x", "tree": ' + '{"a":' * 400 + "{}" + "}" * 401,
     "nested too deeply",
+  ),
+  "out of range": (
+    '{"city": "x", "share": 1' + "0" * 400 + "}",
+    "a number out of range",
   ),
   "long integer": ('{"days": ' + "9" * 5000 + "}", "not JSON"),
   "a megabyte": (json.dumps({"city": "x" * 2**20}), "more than 100000"),

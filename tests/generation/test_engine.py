@@ -1,5 +1,6 @@
 """The engine against whole forwards of the model, without a cache."""
 
+import dataclasses
 import functools
 
 from flax import nnx
@@ -267,6 +268,8 @@ def test_where_an_answer_ends(model):
     ([], {}, "empty"),
     ([61], {}, "token=61 is outside"),
     ([-1], {}, "token=-1 is outside"),
+    ([1.7, 2], {}, "token=1.7 must be an integer"),
+    (["a"], {}, "token='a' must be an integer"),
     ([1], dict(max_tokens=48), "exceed max_length=48"),
     ([1], dict(banned_ids=(61,)), "token=61 is outside"),
     ([1], dict(banned_ids=tuple(range(61))), "every token"),
@@ -277,6 +280,50 @@ def test_bad_requests(engine, ids, changes, message):
   with pytest.raises(ValueError, match=message):
     engine.submit(ask(ids, **changes))
   assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    (dict(top_k=2**31), "top_k=2147483648"),
+    (dict(stop=("\ud800",)), "no Unicode"),
+    (dict(temperature=1e39), r"temperature=1e\+39"),
+    (dict(temperature=1e-50), "temperature=1e-50"),
+    (dict(temperature=float("nan")), "temperature=nan"),
+  ],
+)
+def test_bad_parameters(changes, message):
+  with pytest.raises(ValueError, match=message):
+    ask([1], **changes)
+
+
+def named(ids, name, **changes):
+  return dataclasses.replace(ask(ids, **changes), request_id=name)
+
+
+def test_ids_of_requests(engine):
+  with pytest.raises(ValueError, match="twice"):
+    engine.generate([named([1], "a"), named([2], "a")])
+  with pytest.raises(ValueError, match=r"request_id=\[\]"):
+    engine.submit(named([1], []))
+  assert not engine.has_work
+
+  # An id is free when the last event of its request has been given out.
+  engine.submit(named([1], "a"))
+  engine.cancel("a")
+  with pytest.raises(ValueError, match="in use"):
+    engine.submit(named([1], "a"))
+  assert [e.finish_reason for e in engine.step()] == ["cancelled"]
+
+  # Nobody's choice of an id is in the way of those that the engine picks.
+  first = engine.submit(ask([1]))
+  taken = first.removesuffix(first.split("-")[1])
+  number = int(first.split("-")[1])
+  engine.submit(named([1], f"{taken}{number + 2}"))
+  others = {engine.submit(ask([1])) for _ in range(2)}
+  assert len(others | {first, f"{taken}{number + 2}"}) == 4
+  while engine.has_work:
+    engine.step()
 
 
 @pytest.mark.parametrize(

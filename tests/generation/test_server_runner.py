@@ -109,3 +109,42 @@ def test_a_failure_of_the_engine_reaches_every_request():
 def test_max_requests_is_checked():
   with pytest.raises(ValueError, match="max_requests"):
     runner_lib.Runner(FakeEngine(), max_requests=0)
+
+
+def test_whoever_gives_up_asking_stops_nobody():
+  engine = FakeEngine()
+  runner = runner_lib.Runner(engine, max_requests=100)
+  box = queue.SimpleQueue()
+  for index in range(50):
+    runner.submit(request(index, 2), box.put).cancel()
+  assert runner.submit(request("last", 2), box.put).result(10) == "last"
+  assert runner.drain(10) and runner.failure is None and not engine.pages
+
+
+def test_a_mistake_of_a_request_is_its_own():
+  runner = runner_lib.Runner(FakeEngine(), max_requests=9)
+  box = queue.SimpleQueue()
+  with pytest.raises(TypeError):
+    runner.submit(requests_without_id([]), box.put).result(10)
+  assert runner.submit(request("a"), box.put).result(10) == "a"
+  assert runner.drain(10) and runner.failure is None
+
+
+def requests_without_id(name):
+  sampling = requests.SamplingParameters(max_tokens=1)
+  return requests.Request(prompt_ids=(1,), sampling=sampling, request_id=name)
+
+
+def test_a_receiver_that_fails_loses_its_request_alone(caplog):
+  engine = FakeEngine()
+  runner = runner_lib.Runner(engine, max_requests=9)
+  box = queue.SimpleQueue()
+
+  def closed(event):
+    raise RuntimeError("Event loop is closed")
+
+  runner.submit(request("a", 10**9), closed).result(10)
+  runner.submit(request("b", 3), box.put).result(10)
+  assert [box.get(timeout=10).token_id for _ in range(3)] == [0, 1, 2]
+  assert runner.drain(10) and runner.failure is None and not engine.pages
+  assert "a: its receiver failed" in caplog.text

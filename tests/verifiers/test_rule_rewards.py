@@ -1,5 +1,7 @@
 """Exact match, format, language and length against hand-made cases."""
 
+import time
+
 import pytest
 
 from dsv32_jax.verifiers import exact
@@ -138,3 +140,20 @@ def test_rewards_add_up():
   assert got.value == pytest.approx(0.9) and got.error == "format: no answer"
   with pytest.raises(ValueError, match="differ"):
     score.weighted_sum(scores, {"outcome": 1.0})
+
+
+@pytest.mark.parametrize("opening", ["\\[", "\\(", "$$ "])
+def test_formulas_that_never_end_take_linear_time(opening):
+  start = time.process_time()
+  assert language.language_share(opening * 100_000 + "word", "en") == 1
+  assert time.process_time() - start < 2
+
+
+def test_a_formula_that_never_ends_hides_nothing():
+  text = "\\[ \u0441\u043b\u043e\u0432\u043e word"
+  assert language.language_share(text, "en") == 0.5
+
+
+def test_an_infinite_penalty_is_refused():
+  with pytest.raises(ValueError, match="weight=inf"):
+    length.LengthPenalty(free_tokens=1, max_tokens=2, weight=float("inf"))

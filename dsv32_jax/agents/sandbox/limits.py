@@ -21,6 +21,9 @@ REASONS = (
 _MAX_ARGUMENT_BYTES = 128 * 1024 - 1
 # Each file of a run travels in a descriptor of its own.
 _MAX_GIVEN_FILES = 400
+_MAX_PATH_BYTES = 2048
+# Of any limit: what the kernel takes for one, in bytes a petabyte.
+_MOST = 1 << 50
 
 
 class SandboxError(RuntimeError):
@@ -125,6 +128,8 @@ def check_files(
     bad = path.is_absolute() or ".." in path.parts or not path.parts
     if bad or "\0" in name or any(len(p.encode()) > 255 for p in path.parts):
       raise ValueError(f"file {name!r} must be a path inside the folder")
+    if len(name.encode()) > _MAX_PATH_BYTES:
+      raise ValueError(f"a file's path has {len(name)} characters: too long")
     if not isinstance(content, (str, bytes)):
       raise ValueError(f"file {name!r} must hold str or bytes")
     checked[path] = content.encode() if isinstance(content, str) else content
@@ -132,9 +137,10 @@ def check_files(
     for parent in path.parents:
       if parent in checked:
         raise ValueError(f"file {str(parent)!r} is also a folder of {path}")
-  if len(checked) > min(_MAX_GIVEN_FILES, limits.files):
+  count = len(checked) + len(folders_of(checked))
+  if count > min(_MAX_GIVEN_FILES, limits.files):
     raise ValueError(
-      f"{len(checked)} files given, at most "
+      f"{count} files and folders given, at most "
       f"{min(_MAX_GIVEN_FILES, limits.files)} can be"
     )
   size = sum(map(len, checked.values()))
@@ -152,5 +158,5 @@ def folders_of(paths) -> list[pathlib.PurePosixPath]:
 def _require_integer(name: str, value, low: int) -> None:
   if isinstance(value, bool) or not isinstance(value, numbers.Integral):
     raise ValueError(f"{name}={value!r} must be an integer")
-  if value < low:
-    raise ValueError(f"{name}={value} must be at least {low}")
+  if not low <= value <= _MOST:
+    raise ValueError(f"{name}={value} must be from {low} to {_MOST}")

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from concurrent import futures
+import logging
 import queue
 import threading
 
 from dsv32_jax.generation import requests as requests_lib
+
+_log = logging.getLogger(__name__)
 
 # Given each event of a request, or the failure that ended it; called in the
 # runner's thread, so it must only hand the value on.
@@ -113,18 +116,32 @@ class Runner:
         self._fail(error)
         return
       for event in events:
-        deliver = self._live[event.request_id]
-        if event.finish_reason is not None:
-          del self._live[event.request_id]
-        deliver(event)
+        self._deliver(event)
+
+  def _deliver(self, event):
+    """Hands an event on; a request whose receiver fails is cancelled."""
+    deliver = self._live.get(event.request_id)
+    if deliver is None:
+      return
+    if event.finish_reason is not None:
+      del self._live[event.request_id]
+    try:
+      deliver(event)
+    except Exception:  # of the receiver: no other request is to suffer
+      _log.exception("%s: its receiver failed", event.request_id)
+      if self._live.pop(event.request_id, None) is not None:
+        self._engine.cancel(event.request_id)
 
   def _answer(self, wait: bool):
     while wait or not self._calls.empty():
       answer, call = self._calls.get()
       wait = False
+      # Whoever asked may have given up.
+      if not answer.set_running_or_notify_cancel():
+        continue
       try:
         answer.set_result(call())
-      except (ValueError, NotAcceptingError) as error:
+      except Exception as error:  # told to whoever asked
         answer.set_exception(error)
 
   def _fail(self, error: Exception):
@@ -132,7 +149,11 @@ class Runner:
       self.failure, self._draining = error, True
     while not self._calls.empty():
       answer, _ = self._calls.get()
-      answer.set_exception(NotAcceptingError("the engine has failed"))
-    for deliver in self._live.values():
-      deliver(error)
+      if answer.set_running_or_notify_cancel():
+        answer.set_exception(NotAcceptingError("the engine has failed"))
+    for request_id, deliver in self._live.items():
+      try:
+        deliver(error)
+      except Exception:  # of the receiver: the others are still to be told
+        _log.exception("%s: its receiver failed", request_id)
     self._live.clear()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from dsv32_jax.agents.synthesis.general import pipeline
 ENVIRONMENTS_FILE = "environments.jsonl"
 SECONDS_FILE = "seconds.jsonl"
 CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"
 # They change what is made besides the environments, or how fast.
 _FREE = ("workers", "num_trajectories")
 
@@ -44,8 +46,17 @@ def run(
     The path of environments.jsonl.
 
   Raises:
-    ValueError: if the folder holds another synthesis.
+    ValueError: if the folder holds another synthesis, or one runs in it.
   """
+  with (workdir / LOCK_FILE).open("w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(f"another synthesis runs in {workdir}") from error
+    return _run(config, workdir, progress)
+
+
+def _run(config, workdir, progress):
   _check_config(config, workdir)
   path = workdir / ENVIRONMENTS_FILE
   drop_partial_line(path)
@@ -73,11 +84,25 @@ def run(
 
 
 def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """Yields the records of a JSONL file; none if it is not there."""
+  """Yields the records of a JSONL file; none if it is not there.
+
+  Raises:
+    ValueError: naming file and line, if one is no JSON object.
+  """
   if path.exists():
     with path.open(encoding="utf-8") as file:
-      for line in file:
-        yield json.loads(line)
+      for number, line in enumerate(file, 1):
+        yield _object(line, f"{path}:{number}")
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+  try:
+    value = json.loads(text)
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{where} is not a JSON object")
+  return value
 
 
 def write_line(file, record: Any) -> None:
@@ -140,7 +165,7 @@ def _check_config(config, workdir):
     if key not in _FREE
   }
   if path.exists():
-    made = json.loads(path.read_text(encoding="utf-8"))
+    made = _object(path.read_text(encoding="utf-8"), str(path))
     for key, value in wanted.items():
       if made.get(key) != value:
         raise ValueError(
