@@ -141,6 +141,8 @@ def _cpu_devices(shape):
 def _show(report):
   """Prints the report for people; the file is for programs."""
   for name, value in report.items():
+    if name == "largest_collectives":
+      continue
     if isinstance(value, dict):
       value = ", ".join(f"{key} {count:.4g}" for key, count in value.items())
     elif (
@@ -150,6 +152,8 @@ def _show(report):
     elif isinstance(value, float):
       value = f"{value:.4g}"
     print(f"{name:28s} {value}")
+  for what, size in report.get("largest_collectives", ()):
+    print(f"{size / 1e9:8.1f} GB {what}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Report:
     collectives: instructions by kind, in the program's text.
     collective_bytes_per_device: what they leave in a device's memory in a step,
       by kind, loops multiplied out.
+    largest_collectives: (kind, result and operation; bytes), the most first.
     open_loops: loops around a collective that turn as often as the data need,
       counted once: the rounds of the expert exchange.
     most_gathered: devices that the widest all-gather joins; where those are
@@ -60,6 +61,7 @@ class Report:
   sorts: int
   collectives: dict[str, int]
   collective_bytes_per_device: dict[str, int]
+  largest_collectives: list[tuple[str, int]]
   open_loops: int
   most_gathered: int
 
@@ -169,6 +171,7 @@ def _report(config, mesh, traced, compiled, seconds) -> Report:
     sorts=hlo.sorts(text),
     collectives=traffic.instructions,
     collective_bytes_per_device=traffic.bytes,
+    largest_collectives=traffic.largest,
     open_loops=traffic.open_loops,
     most_gathered=hlo.most_gathered(text, devices),
   )

@@ -20,12 +20,15 @@ COLLECTIVES = (
   "ragged-all-to-all",
   "reduce-scatter",
 )
+# Of the largest collectives.
+_LISTED = 24
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 # A type may be a tuple; its layout's parentheses follow a colon or another one.
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+)(?:e\d\w*)?\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r" [su](?:32|64)\[\]\S* constant\((\d+)\)")
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(
   r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%?[\w.\-]+)"
@@ -40,11 +43,22 @@ class Traffic(NamedTuple):
     instructions: in the program's text, by kind.
     open_loops: loops around a collective whose number of turns the program does
       not tell; each is counted as one turn.
+    largest: (what, bytes), the most first: kind, result, and the operation of
+      the model that it serves.
   """
 
   bytes: dict[str, int]
   instructions: dict[str, int]
   open_loops: int
+  largest: list[tuple[str, int]]
+
+
+class _Collective(NamedTuple):
+  """What is the same in each turn of a loop."""
+
+  kind: str
+  result: str
+  source: str
 
 
 class _Computation(NamedTuple):
@@ -69,7 +83,7 @@ def traffic(text: str) -> Traffic:
   open_loops = set()
 
   def total(name) -> collections.Counter:
-    """Bytes by kind of one run of a computation."""
+    """Bytes by collective of one run of a computation."""
     if name not in found:
       found[name] = collections.Counter()
       for line in computations[name].lines:
@@ -83,7 +97,11 @@ def traffic(text: str) -> Traffic:
     name, shape, operation = instruction.groups()
     kind = operation.removesuffix("-start")
     if kind in COLLECTIVES:
-      return collections.Counter({kind: _result_bytes(shape, operation)})
+      source = _SOURCE.search(line)
+      what = _Collective(
+        kind, " ".join(_results(shape)), source[1] if source else ""
+      )
+      return collections.Counter({what: _result_bytes(shape, operation)})
     if operation == "while":
       body = re.search(r"body=%?([\w.\-]+)", line)[1]
       turns = _turns(line, computations)
@@ -101,7 +119,15 @@ def traffic(text: str) -> Traffic:
     return called
 
   moved = total(entries[0])
-  return Traffic(dict(sorted(moved.items())), count(text), len(open_loops))
+  by_kind = collections.Counter()
+  for what, size in moved.items():
+    by_kind[what.kind] += size
+  return Traffic(
+    dict(sorted(by_kind.items())),
+    count(text),
+    len(open_loops),
+    [(" ".join(what), size) for what, size in moved.most_common(_LISTED)],
+  )
 
 
 def count(text: str) -> dict[str, int]:
@@ -180,6 +206,10 @@ def _branches(line: str) -> list[str]:
   for several, one in _BRANCHES.findall(line):
     names += [name.strip().lstrip("%") for name in (several or one).split(",")]
   return names
+
+
+def _results(shape: str) -> list[str]:
+  return [f"{kind}[{extent}]" for kind, extent in _SHAPE.findall(shape)]
 
 
 def _result_bytes(shape: str, operation: str) -> int:

@@ -42,6 +42,10 @@ def test_a_loop_counts_as_often_as_it_turns(mesh):
   rows = 8 * 3 * 4
   assert found.bytes == {"all-gather": 4 * rows, "all-reduce": 7 * 2 * rows}
   assert found.open_loops == 0
+  what, size = found.largest[0]
+  assert size == max(size for _, size in found.largest)
+  assert what.startswith("all-reduce f32[8,3] ") and "psum" in what
+  assert sum(size for _, size in found.largest) == sum(found.bytes.values())
   assert hlo.most_gathered(text, 8) == 4
 
 
@@ -215,6 +219,7 @@ def test_an_estimate_adds_products_and_exchange():
     sorts=0,
     collectives={},
     collective_bytes_per_device={"all-gather": 200e9, "all-reduce": 100e9},
+    largest_collectives=[],
     open_loops=0,
     most_gathered=1,
   )
