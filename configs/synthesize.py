@@ -11,12 +11,14 @@ from experiments import common
 
 
 def get_config(variant: str = "paper"):
-  return common.config_variant(
-    {
-      "paper": pipeline.SynthesisConfig,
-      "small": lambda: pipeline.SynthesisConfig(
-        num_environments=26, num_tasks=63, num_trajectories=10
-      ),
-    },
-    variant,
-  )
+  variants = {
+    "paper": pipeline.SynthesisConfig,
+    "small": lambda: pipeline.SynthesisConfig(
+      num_environments=26, num_tasks=63, num_trajectories=10
+    ),
+  }
+  # The family of a variant, where it is not "general".
+  families = {}
+  config = common.config_variant(variants, variant)
+  config.family = families.get(variant, "general")
+  return config

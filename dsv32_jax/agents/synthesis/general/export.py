@@ -22,14 +22,13 @@ import pathlib
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import parquet
 
+from dsv32_jax.agents import tables
 from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.synthesis.general import campaign
 from dsv32_jax.agents.synthesis.general import programs
 
-_BATCH = 256
 _TEXT, _NUMBER = pa.string(), pa.int64()
 TASK_SCHEMA = pa.schema(
   {
@@ -63,9 +62,9 @@ def export(workdir: pathlib.Path, num_trajectories: int) -> None:
     for record in campaign.read(source)
     for rejection in record["rejections"]
   )
-  _write_jsonl(workdir / "rejections.jsonl", rejections)
-  _write_both(workdir / "tasks", task_rows(source), TASK_SCHEMA)
-  _write_both(
+  tables.write_jsonl(workdir / "rejections.jsonl", rejections)
+  tables.write(workdir / "tasks", task_rows(source), TASK_SCHEMA)
+  tables.write(
     workdir / "trajectories",
     trajectory_rows(source, num_trajectories),
     TRAJECTORY_SCHEMA,
@@ -131,28 +130,3 @@ def trajectory(record, task) -> tuple[list[dict[str, Any]], float]:
   reward = environment.reward()
   environment.connection.close()
   return messages, reward
-
-
-def _write_both(stem, rows, schema):
-  """Writes rows as JSONL and as Parquet, a batch at a time."""
-  lines, table = stem.with_suffix(".jsonl"), stem.with_suffix(".parquet")
-  _write_jsonl(lines, rows)
-  partial = table.with_suffix(".partial")
-  with parquet.ParquetWriter(partial, schema) as writer:
-    batch = []
-    for row in campaign.read(lines):
-      batch.append(row)
-      if len(batch) == _BATCH:
-        writer.write_table(pa.Table.from_pylist(batch, schema))
-        batch = []
-    if batch:
-      writer.write_table(pa.Table.from_pylist(batch, schema))
-  partial.replace(table)
-
-
-def _write_jsonl(path, rows):
-  partial = path.with_suffix(".partial")
-  with partial.open("w", encoding="utf-8") as file:
-    for row in rows:
-      file.write(json.dumps(row, ensure_ascii=False) + "\n")
-  partial.replace(path)
