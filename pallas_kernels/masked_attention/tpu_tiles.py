@@ -269,10 +269,18 @@ def list_work(kinds_RC):
     | column_C << _COLUMN_BIT
     | row_R1 << _ROW_BIT
   )
-  # Ascending items go row after row; those not needed end up past the count.
-  never = jnp.int32(2**31 - 1)
-  items_N = lax.sort(jnp.where(needed_RC, item_RC, never).ravel())
-  return Work(items_N, jnp.sum(needed_RC, dtype=jnp.int32))
+  # Row after row; to compile a sort would take a TPU's compiler seconds.
+  rank_RC = jnp.cumsum(needed_RC, axis=1, dtype=jnp.int32)
+  end_R1 = jnp.cumsum(rank_RC[:, -1:], axis=0, dtype=jnp.int32)
+  place_RC = end_R1 - rank_RC[:, -1:] + rank_RC - 1
+  # Those not needed have places of their own outside, and are dropped.
+  outside_RC = (rows + row_R1) * columns + column_C
+  place_RC = jnp.where(needed_RC, place_RC, outside_RC)
+  items_N = jnp.full(rows * columns, 2**31 - 1, jnp.int32)
+  items_N = items_N.at[place_RC.ravel()].set(
+    item_RC.ravel(), mode="drop", unique_indices=True
+  )
+  return Work(items_N, end_R1[-1, 0])
 
 
 def is_first(item):

@@ -219,6 +219,27 @@ def test_work_lists_needed_pairs_and_empty_rows_once():
     tpu_tiles.list_work(jnp.zeros((1, 5000), jnp.int32))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 7), (37, 53), (128, 64)])
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])
+def test_work_is_what_a_loop_over_pairs_finds(shape, share):
+  rng = np.random.default_rng(0)
+  kinds_RC = rng.integers(1, 3, shape) * (rng.random(shape) < share)
+  want = []
+  for row, kinds_C in enumerate(kinds_RC):
+    columns = np.flatnonzero(kinds_C) if kinds_C.any() else [0]
+    for column in columns:
+      ends = (column == columns[0]) + 2 * (column == columns[-1])
+      want.append(ends + (kinds_C[column] << 2) + (column << 4) + (row << 16))
+  compiled = jax.jit(tpu_tiles.list_work).lower(jnp.int32(kinds_RC)).compile()
+  work = compiled(jnp.int32(kinds_RC))
+  assert int(work.count) == len(want)
+  items_N = np.asarray(work.items_N)
+  assert len(items_N) == kinds_RC.size
+  np.testing.assert_array_equal(items_N[: len(want)], want)
+  assert np.all(items_N[len(want) :] == 2**31 - 1)
+  assert " sort(" not in compiled.as_text()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiled_kernels_lower_for_a_tpu(masked):
   def loss(query, key, value, slots, mask):
