@@ -1,0 +1,1 @@
+"""Synthesis of search tasks: questions over a corpus, and helpful prompts."""
