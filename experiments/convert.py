@@ -1,10 +1,13 @@
 """Converts a checkpoint between Hugging Face and Orbax.
 
 python -m experiments.convert --source=DIR --target=DIR --to=orbax|hf|hf_fp8
+python -m experiments.convert --source=RUN/checkpoints --step=2000 --to=hf \
+  --target=DIR
 
 The source is a Hugging Face folder (it has a config.json; `deepseek_v32`, or
-dense `deepseek_v3`, which gets fresh indexers) or an Orbax checkpoint of this
-project. The target must not exist or be empty, and appears when complete.
+dense `deepseek_v3`, which gets fresh indexers) or a folder of this project's
+Orbax checkpoints, of which --step names one. A run may go on meanwhile. The
+target must not exist or be empty, and appears when complete.
 """
 
 import functools
@@ -28,6 +31,9 @@ _TO = flags.DEFINE_enum(
   ["orbax", "hf", "hf_fp8"],
   "hf: one type of weights; hf_fp8: what the official checkpoint quantises "
   "in 8 bits with weight_scale_inv, the rest in --save_dtype.",
+)
+_STEP = flags.DEFINE_string(
+  "step", None, "Of an Orbax source: a step or `best`; none: the newest."
 )
 _SAVE_DTYPE = flags.DEFINE_enum(
   "save_dtype",
@@ -55,6 +61,9 @@ def main(argv):
   is_hf = os.path.exists(os.path.join(source, "config.json"))
   if not is_hf and _TO.value == "orbax":
     raise ValueError(f"--source={source} has no config.json to convert from")
+  step = _step()
+  if is_hf and step is not None:
+    raise ValueError(f"--step={step}: --source={source} is a Hugging Face one")
   weights.check_target(target)
   default = "float32" if _TO.value == "orbax" else "bfloat16"
   dtype = jnp.dtype(_SAVE_DTYPE.value or default)
@@ -74,7 +83,7 @@ def main(argv):
       progress=functools.partial(show, desc="read"),
     )
   else:
-    model = model_checkpoint.load_model(source, mesh=mesh)
+    model = model_checkpoint.load_model(source, mesh=mesh, step=step)
   if _TO.value == "orbax":
     with weights.Staged(target) as staged:
       model_checkpoint.save_model(model, staged.path)
@@ -88,6 +97,20 @@ def main(argv):
       progress=functools.partial(show, desc="write"),
     )
   print(f"{target}: {_TO.value}")
+
+
+def _step() -> int | str | None:
+  """Reads --step.
+
+  Raises:
+    ValueError: if it is neither a number nor `best`.
+  """
+  given = _STEP.value
+  if given is None or given == "best":
+    return given
+  if not given.isascii() or not given.isdigit():
+    raise ValueError(f"--step={given} must be a number or `best`")
+  return int(given)
 
 
 if __name__ == "__main__":

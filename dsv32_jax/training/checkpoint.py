@@ -1,17 +1,17 @@
 """Checkpoints: saved in the background, committed whole, checked when read.
 
-The one module that knows Orbax. A checkpoint is a folder named by its step with
-one Orbax item for each named tree of arrays, and a manifest: shape, type and
-checksum of every array, and JSON-able notes (configs, data position). Orbax
-renames a finished step into place, so a killed save leaves the one before it.
-The checksums find what Orbax would restore in silence: a flipped bit.
+The one module, with checkpoint_reading, that uses Orbax. A checkpoint is a
+folder named by its step with one Orbax item for each named tree of arrays, and
+a manifest: shape, type and checksum of every array, the code that ran, and
+JSON-able notes (configs, data position). Orbax renames a finished step into
+place, so a killed save leaves the one before it. The checksums find what Orbax
+would restore in silence: a flipped bit.
 """
 
 from collections.abc import Mapping
 import dataclasses
-import hashlib
-import json
 import logging
+import math
 from typing import Any
 
 from etils import epath
@@ -19,16 +19,18 @@ import jax
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
+from dsv32_jax.training import checkpoint_reading as reading
 from dsv32_jax.training import checkpoint_trees as trees_lib
 from dsv32_jax.training import checksum
+from dsv32_jax.training import manifest as manifest_lib
 from dsv32_jax.training import processes
 
-_MANIFEST = "manifest"
+_LOSS = "loss"
 _log = logging.getLogger(__name__)
 
 
-class DamagedError(Exception):
-  """A checkpoint's files are not what was saved."""
+class SaveError(OSError):
+  """A checkpoint could not be written; those before it are whole."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,13 +41,19 @@ class CheckpointConfig:
     every_steps: steps between two saves.
     max_to_keep: newest checkpoints that stay; None: all.
     keep_period: steps divisible by it stay for ever; None: no such steps.
+    keep_best: checkpoints with the lowest loss that stay besides.
   """
 
   every_steps: int = 1000
   max_to_keep: int | None = 3
   keep_period: int | None = None
+  keep_best: int = 0
 
   def __post_init__(self):
+    if self.keep_best < 0:
+      raise ValueError(
+        f"checkpoint.keep_best={self.keep_best} must not be negative"
+      )
     for name in ("every_steps", "max_to_keep", "keep_period"):
       value = getattr(self, name)
       if value is not None and value < 1:
@@ -106,8 +114,9 @@ class Checkpointer:
       options = ocp.CheckpointManagerOptions(read_only=True)
     else:
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=self.config.max_to_keep,
-        keep_period=self.config.keep_period,
+        preservation_policy=_preservation(self.config),
+        best_fn=_loss if self.config.keep_best else None,
+        best_mode="min",
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
         # Where a folder cannot be made, `save` raises; made asynchronously,
@@ -130,12 +139,32 @@ class Checkpointer:
     """Newest committed step, or None."""
     return max(self.steps(), default=None)
 
+  def best_step(self) -> int:
+    """The readable step of lowest loss, the newest of equal ones.
+
+    Raises:
+      FileNotFoundError: if no checkpoint was saved with a loss.
+    """
+    losses = {}
+    for step in self.steps():
+      try:
+        loss = reading.read_manifest(self._manager, step).get("loss")
+      except reading.DamagedError:
+        continue
+      if loss is not None:
+        losses[step] = loss
+    if not losses:
+      raise FileNotFoundError(f"no checkpoint in {self.folder} has a loss")
+    return min(losses, key=lambda step: (losses[step], -step))
+
   def save(
     self,
     step: int,
     trees: Mapping[str, Any],
     notes: Any = None,
     process_notes: Any = None,
+    *,
+    loss: float | None = None,
   ) -> None:
     """Starts saving; returns when the arrays may change or be donated.
 
@@ -144,10 +173,12 @@ class Checkpointer:
       trees: named pytrees of jax arrays (PRNG keys too); nnx states are fine.
       notes: JSON-able, the same on every process.
       process_notes: JSON-able, this process's own (its data position).
+      loss: by which `keep_best` and `best_step` compare, the same on every
+        process; NaN and infinities count as none.
 
     Raises:
       ValueError: if the step is not new, or a leaf cannot be saved.
-      Exception: what went wrong in the save before, if it failed.
+      SaveError: if the disk does not take it, or did not take the one before.
     """
     self._set_damaged_aside()
     newest = self.latest_step()
@@ -155,7 +186,7 @@ class Checkpointer:
       raise ValueError(f"{step=} is not newer than {newest} in {self.folder}")
     items, described = {}, {}
     for name, tree in trees.items():
-      if name == _MANIFEST or not name.isidentifier():
+      if name == reading.MANIFEST or not name.isidentifier():
         raise ValueError(f"{name=} cannot name a saved tree")
       leaves = trees_lib.named_leaves(tree)
       plain = {
@@ -169,26 +200,31 @@ class Checkpointer:
       }
       if plain:
         items[name] = ocp.args.StandardSave(trees_lib.nest(plain))
-    manifest = {
-      "trees": described,
-      "notes": notes,
-      "process_notes": processes.gather(process_notes),
-    }
-    manifest = _as_json(manifest)
-    manifest["digest"] = _digest(manifest)
-    items[_MANIFEST] = ocp.args.JsonSave(manifest)
-    if not self._manager.save(step, args=ocp.args.Composite(**items)):
-      raise ValueError(f"{step=} was not saved in {self.folder}")
+    if loss is not None and not math.isfinite(loss):
+      loss = None
+    items[reading.MANIFEST] = ocp.args.JsonSave(
+      manifest_lib.make(described, notes, processes.gather(process_notes), loss)
+    )
+    self._write(step, items, loss)
 
   def wait(self) -> None:
-    """Blocks until the save under way is committed; raises if it failed."""
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
+    """Blocks until the save under way is committed.
+
+    Raises:
+      SaveError: if it failed.
+    """
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    except Exception as error:
+      raise self._save_error(error) from error
 
   def close(self) -> None:
     """Waits as `wait` does and frees the threads."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
 
   def read_notes(self, step: int | None = None) -> tuple[int, Any]:
     """Returns (step, notes) of a step, or of the newest that can be read.
@@ -201,7 +237,11 @@ class Checkpointer:
     return read[0], read[1]
 
   def restore(
-    self, targets: Mapping[str, Any], step: int | None = None
+    self,
+    targets: Mapping[str, Any],
+    step: int | None = None,
+    *,
+    same_processes: bool = True,
   ) -> Restored:
     """Reads named trees into the shardings of the targets, all bytes checked.
 
@@ -213,6 +253,8 @@ class Checkpointer:
         arrays to be laid out like. Trees of the checkpoint not named here are
         not read. Shapes and types must agree; nothing is cast.
       step: a step, or None for the newest.
+      same_processes: refuse a checkpoint whose notes of each process were saved
+        by another number of them; if False, such notes come back as None.
 
     Raises:
       FileNotFoundError: if there is no such checkpoint.
@@ -222,18 +264,21 @@ class Checkpointer:
 
     def read(found, manifest):
       process_notes = manifest["process_notes"]
-      if len(process_notes) != jax.process_count() and any(process_notes):
-        raise ValueError(
-          f"step {found} in {self.folder} was saved by {len(process_notes)}"
-          f" processes with a data position each, and there are now"
-          f" {jax.process_count()}"
-        )
+      if len(process_notes) != jax.process_count():
+        if same_processes and any(process_notes):
+          raise ValueError(
+            f"step {found} in {self.folder} was saved by {len(process_notes)}"
+            f" processes with a data position each, and there are now"
+            f" {jax.process_count()}"
+          )
+        process_notes = [None] * jax.process_count()
       trees = {
-        name: self._read_tree(found, name, target, manifest["trees"])
+        name: reading.read_tree(
+          self._manager, found, name, target, manifest["trees"]
+        )
         for name, target in targets.items()
       }
-      own = min(jax.process_index(), len(process_notes) - 1)
-      return trees, manifest["notes"], process_notes[own]
+      return trees, manifest["notes"], process_notes[jax.process_index()]
 
     found, (trees, notes, process_notes) = self._newest_readable(step, read)
     return Restored(
@@ -242,6 +287,25 @@ class Checkpointer:
       notes=notes,
       process_notes=process_notes,
       damaged={k: v for k, v in self._damaged.items() if k > found},
+    )
+
+  def _write(self, step: int, items, loss: float | None) -> None:
+    """Hands the items of a step to Orbax."""
+    metrics = None if loss is None else {_LOSS: loss}
+    try:
+      arguments = ocp.args.Composite(**items)
+      saved = self._manager.save(step, args=arguments, metrics=metrics)
+    except Exception as error:
+      # Orbax and TensorStore raise many types for a disk that fails.
+      raise self._save_error(error) from error
+    if not saved:
+      raise SaveError(f"{step=} was not saved in {self.folder}")
+
+  def _save_error(self, error: Exception) -> SaveError:
+    detail = " ".join(str(error).split())
+    return SaveError(
+      f"a checkpoint could not be written in {self.folder}:"
+      f" {type(error).__name__}: {detail[-200:]}"
     )
 
   def _newest_readable(self, step, read):
@@ -257,8 +321,9 @@ class Checkpointer:
     for candidate in candidates:
       reason, result = "", None
       try:
-        result = read(candidate, self._read_manifest(candidate))
-      except DamagedError as error:
+        manifest = reading.read_manifest(self._manager, candidate)
+        result = read(candidate, manifest)
+      except reading.DamagedError as error:
         reason = str(error)
       # If any process cannot read it, all of them fall back.
       reason = next(filter(None, processes.gather(reason)), "")
@@ -273,54 +338,6 @@ class Checkpointer:
       )
     reasons = "; ".join(f"{k}: {self._damaged[k]}" for k in candidates)
     raise ValueError(f"no readable checkpoint in {self.folder}: {reasons}")
-
-  def _read_manifest(self, step: int) -> dict[str, Any]:
-    arguments = ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()})
-    manifest = self._read_item(step, _MANIFEST, arguments)
-    if not isinstance(manifest, dict) or "digest" not in manifest:
-      raise DamagedError(f"{_MANIFEST} has no digest")
-    digest = manifest.pop("digest")
-    if digest != _digest(manifest):
-      raise DamagedError(f"{_MANIFEST} does not match its digest")
-    return manifest
-
-  def _read_tree(self, step: int, name: str, target, described):
-    if name not in described:
-      raise ValueError(
-        f"step {step} in {self.folder} has no {name}, only {list(described)}"
-      )
-    saved = described[name]
-    wanted = trees_lib.named_leaves(target)
-    trees_lib.check_fit(wanted, saved, f"step {step} in {self.folder}: {name}")
-    if not wanted:
-      return target
-    plain = {path: trees_lib.key_bits_target(x) for path, x in wanted.items()}
-    arguments = ocp.args.Composite(
-      **{name: ocp.args.StandardRestore(trees_lib.nest(plain))}
-    )
-    nested = self._read_item(step, name, arguments)
-    leaves = trees_lib.named_leaves(nested)
-    if leaves.keys() != wanted.keys():
-      raise DamagedError(f"{name} lacks arrays that its manifest lists")
-    sums = checksum.checksums(leaves)
-    for path, entry in saved.items():
-      if sums[path] != entry["checksum"]:
-        raise DamagedError(f"checksum of {name}/{path} is wrong")
-    return trees_lib.unflatten_like(target, leaves, saved)
-
-  def _read_item(self, step: int, name: str, arguments):
-    try:
-      return self._manager.restore(step, args=arguments)[name]
-    except jax.errors.JaxRuntimeError:
-      # Out of memory and the like: says nothing about the files.
-      raise
-    except Exception as error:
-      # Orbax and TensorStore raise many types for unreadable files. The
-      # arguments were checked against the manifest, so files are to blame.
-      detail = " ".join(str(error).split())[:200]
-      raise DamagedError(
-        f"{name} cannot be read: {type(error).__name__}: {detail}"
-      ) from error
 
   def _set_damaged_aside(self) -> None:
     """Renames damaged steps, which would stand in the way of their redoing."""
@@ -339,15 +356,22 @@ class Checkpointer:
     self._manager.reload()
 
 
-def _as_json(value: Any) -> Any:
-  """Returns what reading the value's JSON gives: lists, string keys."""
-  try:
-    return json.loads(json.dumps(value, allow_nan=False))
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"notes must fit in JSON: {error}") from error
+def _loss(metrics: Mapping[str, float]) -> float:
+  return metrics[_LOSS]
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-  """SHA-256 of the manifest in canonical JSON."""
-  text = json.dumps(manifest, sort_keys=True, allow_nan=False)
-  return hashlib.sha256(text.encode()).hexdigest()
+def _preservation(config: CheckpointConfig):
+  """Orbax's rules for what stays; what one of them keeps does."""
+  rules = ocp.checkpoint_managers
+  kept = [rules.LatestN(config.max_to_keep)]
+  if config.keep_period is not None:
+    kept.append(rules.EveryNSteps(config.keep_period))
+  if config.keep_best:
+    best = rules.BestN(
+      get_metric_fn=_loss,
+      reverse=True,  # the last of its order stay
+      n=config.keep_best,
+      keep_checkpoints_without_metrics=False,
+    )
+    kept.append(best)
+  return rules.AnyPreservationPolicy(kept)

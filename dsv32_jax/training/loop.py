@@ -1,5 +1,7 @@
 """The training loop: steps, metrics, checkpoints, an orderly stop."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import time
@@ -32,7 +34,9 @@ def train(
 
   Raises:
     ValueError: for a config that does not fit its folder, or after too many
-      steps in a row whose gradients were not finite.
+      steps in a row whose gradients were not finite; the last batch is left in
+      the folder.
+    checkpoint.SaveError: if the disk does not take a checkpoint.
     run_lib.Stopped: after a SIGTERM, once the state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
@@ -48,56 +52,101 @@ def train(
       config.steps, initial=start, title=title, shown=speaks
     )
     with writer, bar, stop_signal.StopSignal() as stop:
-      _loop(run, start, writer, bar, stop)
+      _loop(run, start, writer, bar, stop, workdir)
   finally:
     run.close()
   return run
 
 
-def _loop(run, start, writer, bar, stop) -> None:
+def _loop(run, start, writer, bar, stop, workdir) -> None:
   config = run.config
-  saved = start
-  clock = time.perf_counter()
+  clock = _Clock()
   for step in range(start + 1, config.steps + 1):
-    batch = run.place(next(run.batches))
-    waited = time.perf_counter() - clock
+    with clock.waiting():
+      rows = next(run.batches)
     with jax.set_mesh(run.mesh):
-      run.state, metrics = run.step(run.state, batch)
+      run.state, metrics = run.step(run.state, run.place(rows))
+    clock.steps += 1
     if step % config.log_every == 0 or step == config.steps:
       metrics = jax.device_get(metrics)
       writer.write(step, metrics)
-      _check(run, step, metrics)
-      elapsed = time.perf_counter() - clock
-      writer.write_timings(
-        step,
-        {
-          "seconds": elapsed,
-          "data_seconds": waited,
-          "tokens_per_second": float(metrics["tokens"]) / elapsed,
-        },
-      )
+      _check(run, step, metrics, rows, workdir)
+      writer.write_timings(step, clock.read(float(metrics["tokens"])))
       bar.set_postfix(loss=f"{float(metrics['loss']):.3f}", refresh=False)
-    clock = time.perf_counter()
     bar.update(1)
     stopping = stop.agreed()
     due = step % config.checkpoint.every_steps == 0 or step == config.steps
     if due or stopping:
-      run.save(step)
-      saved = step
+      with clock.standing_still():
+        _save(run, step, writer)
     if stopping and step < config.steps:
       run.checkpointer.wait()
-      raise run_lib.Stopped(f"stopped at step {saved} of {config.steps}")
+      raise run_lib.Stopped(f"stopped at step {step} of {config.steps}")
 
 
-def _check(run, step: int, metrics) -> None:
-  """Stops a run whose gradients stay infinite or NaN."""
+def _save(run, step: int, writer) -> None:
+  """Measures what is held out and starts saving."""
+  measured = run.held_out_metrics()
+  if measured is None:
+    run.save(step)
+    return
+  writer.write(step, measured, name="held_out")
+  run.save(step, float(measured["loss"]))
+
+
+class _Clock:
+  """Time of the steps since it was last read.
+
+  Attributes:
+    steps: counted by the loop.
+  """
+
+  def __init__(self):
+    self.steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+  @contextlib.contextmanager
+  def waiting(self):
+    """Counts as waiting for data."""
+    began = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - began
+
+  @contextlib.contextmanager
+  def standing_still(self):
+    """Does not count."""
+    began = time.perf_counter()
+    yield
+    self._since += time.perf_counter() - began
+
+  def read(self, tokens: float) -> dict[str, float]:
+    """Returns a row of timings a step, and starts anew.
+
+    Args:
+      tokens: of a step.
+    """
+    seconds = (time.perf_counter() - self._since) / self.steps
+    waited = self._waited / self.steps
+    self.__init__()
+    return {
+      "seconds": seconds,
+      "data_seconds": waited,
+      "tokens_per_second": tokens / seconds,
+    }
+
+
+def _check(run, step: int, metrics, rows, workdir) -> None:
+  """Stops a run whose gradients stay infinite or NaN, and leaves the batch."""
   limit = run.config.optimizer.max_consecutive_skips
   skipped = int(run.state.optimizer.consecutive_skips)
-  if skipped >= limit:
-    raise ValueError(
-      f"step {step}: the gradients of {skipped} steps in a row were not finite"
-      f" (loss={np.asarray(metrics['loss'])})"
-    )
+  if skipped < limit:
+    return
+  name = f"not_finite_step{step}_process{jax.process_index()}.npz"
+  path = os.path.join(workdir, name)
+  np.savez(path, **dataclasses.asdict(rows), **metrics)
+  raise ValueError(
+    f"step {step}: the gradients of {skipped} steps in a row were not finite"
+    f" (loss={np.asarray(metrics['loss'])}); the batch is in {path}"
+  )
 
 
 def _write_config(config, workdir: str) -> None:

@@ -47,7 +47,12 @@ def save_model(model: transformer.Transformer, folder, step: int = 0) -> None:
 
 
 def load_model(
-  folder, *, dtype=None, compute_dtype=None, mesh=None, step: int | None = None
+  folder,
+  *,
+  dtype=None,
+  compute_dtype=None,
+  mesh=None,
+  step: int | str | None = None,
 ) -> transformer.Transformer:
   """Loads the model of a checkpoint, a stage's or a converted one.
 
@@ -57,7 +62,7 @@ def load_model(
       float32 stays so.
     compute_dtype: type of the activations; None takes that of the parameters.
     mesh: mesh to lay it on, or None for the first device.
-    step: a step, or None for the newest.
+    step: a step, "best" for that of lowest loss, or None for the newest.
 
   Raises:
     FileNotFoundError: if there is no such checkpoint.
@@ -65,6 +70,8 @@ def load_model(
   """
   checkpointer = checkpoint_lib.Checkpointer(folder, read_only=True)
   with checkpointer:
+    if step == "best":
+      step = checkpointer.best_step()
     step, notes = checkpointer.read_notes(step)
     if not isinstance(notes, dict) or not {"model", "dtype"} <= notes.keys():
       raise ValueError(f"checkpoint {folder} step {step} describes no model")
@@ -75,7 +82,9 @@ def load_model(
     abstract = abstract_model(config, dtype=saved_dtype)
     _, state = nnx.split(abstract)
     target = {"model": sharding.placed(state, mesh)}
-    state = checkpointer.restore(target, step).trees["model"]
+    # The model alone does not care where in the data its run stood.
+    found = checkpointer.restore(target, step, same_processes=False)
+    state = found.trees["model"]
   dtype = saved_dtype if dtype is None else jnp.dtype(dtype)
   wanted = abstract_model(config, dtype=dtype, compute_dtype=compute_dtype)
   graph, abstract_state = nnx.split(wanted)

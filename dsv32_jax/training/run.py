@@ -9,6 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 
+from dsv32_jax import config_files
 from dsv32_jax import sharding
 from dsv32_jax.data import batch as batch_lib
 from dsv32_jax.data import pipeline
@@ -17,6 +18,7 @@ from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import fresh
 from dsv32_jax.model import transformer
 from dsv32_jax.training import checkpoint as checkpoint_lib
+from dsv32_jax.training import held_out as held_out_lib
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import optimizer as optimizer_lib
 from dsv32_jax.training import placement
@@ -63,6 +65,8 @@ class TrainConfig:
       for fresh weights.
     log_every: steps between two rows of metrics.
     checkpoint: when checkpoints are made and which stay.
+    held_out: what is measured at each of them; the best are those of lowest
+      loss there.
   """
 
   model: config_lib.ModelConfig
@@ -83,6 +87,9 @@ class TrainConfig:
   checkpoint: checkpoint_lib.CheckpointConfig = dataclasses.field(
     default_factory=checkpoint_lib.CheckpointConfig
   )
+  held_out: held_out_lib.HeldOutConfig = dataclasses.field(
+    default_factory=held_out_lib.HeldOutConfig
+  )
 
   def __post_init__(self):
     for name in ("steps", "microbatches", "log_every"):
@@ -92,6 +99,11 @@ class TrainConfig:
       raise ValueError(
         f"microbatches={self.microbatches} does not divide"
         f" data.batch_size={self.data.batch_size}"
+      )
+    if self.checkpoint.keep_best and not self.held_out.batches:
+      raise ValueError(
+        f"checkpoint.keep_best={self.checkpoint.keep_best} needs"
+        " held_out.batches to compare by"
       )
     if self.data.sequence_length > self.model.max_length:
       raise ValueError(
@@ -134,7 +146,10 @@ class Run:
       os.path.join(workdir, "checkpoints"), config.checkpoint
     )
     self._optimizer = optimizer_lib.make_optimizer(config.optimizer)
-    self.state = self.graph = self.step = None
+    self.state = self.graph = self.step = self._measure = None
+    self._held_out = held_out_lib.read_batches(
+      config.held_out, config.data, self.tokenizer
+    )
 
   def resume(self) -> int:
     """Makes the state: the newest checkpoint's, or that of a beginning.
@@ -160,6 +175,9 @@ class Run:
         microbatches=config.microbatches,
         remat=REMAT[config.remat],
       )
+    self._measure = held_out_lib.make_measure(
+      self.graph, config.stage, config.microbatches
+    )
     return start
 
   def model(self) -> transformer.Transformer:
@@ -175,8 +193,24 @@ class Run:
       lambda x: jax.make_array_from_process_local_data(layout, x, shape), batch
     )
 
-  def save(self, step: int) -> None:
-    """Starts saving the state as a checkpoint of `step`."""
+  def held_out_metrics(self) -> dict[str, float] | None:
+    """The stage's mean losses on the held-out batches; None without any."""
+    if not self._held_out:
+      return None
+    with jax.set_mesh(self.mesh):
+      found = [self._measure(self.state, self.place(x)) for x in self._held_out]
+    return held_out_lib.mean(jax.device_get(found))
+
+  def save(self, step: int, loss: float | None = None) -> None:
+    """Starts saving the state as a checkpoint of `step`.
+
+    Args:
+      step: steps taken.
+      loss: on held-out text, or None.
+
+    Raises:
+      checkpoint.SaveError: if the disk does not take it.
+    """
     self.checkpointer.save(
       step,
       {
@@ -184,8 +218,10 @@ class Run:
         "optimizer": self.state.optimizer,
         "counters": {"step": self.state.step},
       },
-      model_checkpoint.model_notes(self.model()),
+      model_checkpoint.model_notes(self.model())
+      | {"config": config_files.dump(self.config)},
       self.batches.get_state().decode(),
+      loss=loss,
     )
 
   def close(self) -> None:

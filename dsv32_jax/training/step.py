@@ -201,7 +201,11 @@ def make_step(
       return stage_loss(model, batch, stage, per, remat=remat)
 
     gradients, (metrics, load_LE) = accumulate(
-      jax.grad(loss_of, has_aux=True), state.trained, batch, _cut, microbatches
+      jax.grad(loss_of, has_aux=True),
+      state.trained,
+      batch,
+      cut_batch,
+      microbatches,
     )
     state, found = update(state, gradients, load_LE, stage, optimizer)
     return state, metrics | found | {"tokens": per.tokens}
@@ -311,7 +315,8 @@ def cut_rows(x_BTX, microbatches: int):
   return sharding.constrain(pieces, None, "batch", *rest)
 
 
-def _cut(batch, microbatches):
+def cut_batch(batch, microbatches: int):
+  """Gives every array of a batch a leading axis M over pieces of its rows."""
   return jax.tree.map(lambda x_BT: cut_rows(x_BT, microbatches), batch)
 
 

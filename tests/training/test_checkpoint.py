@@ -282,7 +282,14 @@ def test_a_failed_save_is_not_silent(tmp_path):
     checkpointer.wait()
 
 
-@pytest.mark.parametrize("delay", [0.02, 0.11, 0.23])
+# Moments drawn once, over a little more than a save takes.
+DELAYS = np.random.default_rng(3).uniform(0.0, 0.4, 8).round(3).tolist()
+
+
+@pytest.mark.parametrize(
+  "delay",
+  [*DELAYS[:2], *(pytest.param(x, marks=pytest.mark.slow) for x in DELAYS[2:])],
+)
 def test_kill_during_save(tmp_path, delay):
   command = [
     sys.executable,

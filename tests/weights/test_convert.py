@@ -2,11 +2,16 @@
 
 from absl import flags
 from absl.testing import flagsaver
+from flax import nnx
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv32_jax.training import checkpoint
+from dsv32_jax.training import model_checkpoint
 from dsv32_jax.weights import folder
 from experiments import convert
+from tests.support import models
 from tests.support import oracle_checkpoint
 
 CONFIG = oracle_checkpoint.tiny_config(
@@ -70,6 +75,7 @@ def test_fp8_through_orbax(tmp_path, source):
     ({"source": None}, "--source is missing"),
     ({"source": "/nowhere"}, "--source=/nowhere has no config.json"),
     ({"source": "/nowhere", "to": "hf"}, "/nowhere"),
+    ({"step": "1"}, "--step=1: --source=.* is a Hugging Face one"),
   ],
 )
 def test_mistakes(tmp_path, source, changes, message):
@@ -82,6 +88,42 @@ def test_mistakes(tmp_path, source, changes, message):
   ):
     convert.main([])
   assert not (tmp_path / "t").exists()
+
+
+def test_any_step_of_a_run(tmp_path):
+  models_of = {step: models.tiny_model(seed=step) for step in (1, 2, 3)}
+  with checkpoint.Checkpointer(tmp_path / "run") as checkpointer:
+    for step, model in models_of.items():
+      checkpointer.save(
+        step,
+        {"model": nnx.state(model), "counters": {"step": jnp.int32(step)}},
+        model_checkpoint.model_notes(model),
+        "a data position",
+        loss={1: 3.0, 2: 1.0, 3: 2.0}[step],
+      )
+  for given, step in ((None, 3), ("1", 1), ("best", 2)):
+    folder = tmp_path / f"hf_{given}"
+    run(tmp_path / "run", folder, "hf", step=given, save_dtype="float32")
+    tensors = dequantised(folder)
+    want = np.asarray(models_of[step].embed.table[...])
+    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], want)
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ("7", r"no checkpoint of step=7 in .*, which has \[1\]"),
+    ("last", "--step=last must be a number or `best`"),
+    ("-1", "--step=-1 must be"),
+    ("best", "has a loss"),
+  ],
+)
+def test_a_step_that_is_not_there(tmp_path, given, message):
+  with checkpoint.Checkpointer(tmp_path / "run") as checkpointer:
+    checkpointer.save(1, {"model": {"a": jnp.ones(3)}})
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    run(tmp_path / "run", tmp_path / "hf", "hf", step=given)
+  assert not (tmp_path / "hf").exists()
 
 
 def test_target_is_kept(tmp_path, source):
