@@ -9,12 +9,12 @@ from typing import Any
 
 from dsv32_jax.agents import chat_format
 
-_CALLS_START = f"\n\n<{chat_format.DSML}function_calls"
-_CALLS_END = f"</{chat_format.DSML}function_calls>"
-_INVOKE_START = f"<{chat_format.DSML}invoke"
-_INVOKE_END = f"</{chat_format.DSML}invoke"
-_PARAMETER_START = f"<{chat_format.DSML}parameter"
-_PARAMETER_END = f"/{chat_format.DSML}parameter"
+CALLS_START = f"\n\n<{chat_format.DSML}function_calls"
+CALLS_END = f"</{chat_format.DSML}function_calls>"
+INVOKE_START = f"<{chat_format.DSML}invoke"
+INVOKE_END = f"</{chat_format.DSML}invoke"
+PARAMETER_START = f"<{chat_format.DSML}parameter"
+PARAMETER_END = f"/{chat_format.DSML}parameter"
 _KEY_OPEN = ' name="'
 _KIND = re.compile(r'" string="(true|false)">')
 # What thinking and content cannot hold.
@@ -32,12 +32,12 @@ def parse(text: str, *, thinking: bool) -> dict[str, Any]:
   reader = _Reader(text)
   reasoning = ""
   if thinking:
-    reasoning, stop = reader.read(chat_format.THINK_END, _CALLS_START)
+    reasoning, stop = reader.read(chat_format.THINK_END, CALLS_START)
     _require(stop == chat_format.THINK_END, "the thinking does not end")
-  content, stop = reader.read(chat_format.EOS, _CALLS_START)
+  content, stop = reader.read(chat_format.EOS, CALLS_START)
   _require(stop is not None, "neither eos nor tool calls follow the content")
   calls = []
-  if stop == _CALLS_START:
+  if stop == CALLS_START:
     calls = _read_calls(reader)
     behind, _ = reader.read(chat_format.EOS)
     _require(not behind, "something follows the tool calls")
@@ -88,20 +88,20 @@ class _Reader:
 def _read_calls(reader: _Reader) -> list[tuple[str, str]]:
   calls = []
   while not reader.at_end:
-    between, stop = reader.read(_INVOKE_START, _CALLS_END)
+    between, stop = reader.read(INVOKE_START, CALLS_END)
     _require(between == ">\n", "a line of the tool calls is out of place")
-    if stop == _CALLS_END:
+    if stop == CALLS_END:
       break
     _require(stop is not None, "the tool calls do not end")
-    head, stop = reader.read(_PARAMETER_START, _INVOKE_END)
+    head, stop = reader.read(PARAMETER_START, INVOKE_END)
     name = _function_name(head)
     parameters = {}
-    while stop == _PARAMETER_START:
-      parameter, _ = reader.read(_PARAMETER_END)
+    while stop == PARAMETER_START:
+      parameter, _ = reader.read(PARAMETER_END)
       key, value = _parameter(parameter)
       _require(key not in parameters, "a parameter is given twice")
       parameters[key] = value
-      between, stop = reader.read(_PARAMETER_START, _INVOKE_END)
+      between, stop = reader.read(PARAMETER_START, INVOKE_END)
       _require(between == ">\n", "a parameter does not end its line")
     pairs = (f"{chat_format.to_json(k)}: {v}" for k, v in parameters.items())
     calls.append((name, "{" + ", ".join(pairs) + "}"))

@@ -19,6 +19,10 @@ class NotAcceptingError(RuntimeError):
   """The runner drains, has failed, or holds as many requests as it may."""
 
 
+class BusyError(NotAcceptingError):
+  """The runner holds as many requests as it may; that passes."""
+
+
 class Runner:
   """Owns an engine's thread.
 
@@ -55,7 +59,8 @@ class Runner:
     """Asks for a request.
 
     Returns:
-      A future of the request's id; it raises the engine's ValueError.
+      A future of the request's id; it raises the engine's ValueError, and
+      BusyError.
 
     Raises:
       NotAcceptingError: the runner drains or has failed.
@@ -70,6 +75,15 @@ class Runner:
       with self._lock:
         if self._thread.is_alive():
           self._calls.put((futures.Future(), lambda: self._cancel(request_id)))
+
+  @property
+  def is_accepting(self) -> bool:
+    """Whether it neither drains nor has failed."""
+    return not self._draining
+
+  def stats(self) -> dict[str, int]:
+    """The engine's counts, read beside its thread: of about now."""
+    return self._engine.stats()
 
   def drain(self, timeout_s: float | None = None) -> bool:
     """Takes no more requests and waits for those that run.
@@ -94,7 +108,7 @@ class Runner:
 
   def _submit(self, request, deliver):
     if len(self._live) >= self._max_requests:
-      raise NotAcceptingError(f"{len(self._live)} requests are live")
+      raise BusyError(f"{len(self._live)} requests are live")
     request_id = self._engine.submit(request)
     self._live[request_id] = deliver
     return request_id

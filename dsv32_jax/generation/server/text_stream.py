@@ -65,12 +65,12 @@ class TextStream:
     if ends:
       self.stopped, self._held = True, ""
       return text[: min(ends)[1]]
-    keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+    keep = max((overlap(text, stop) for stop in self._stop), default=0)
     self._held = text[len(text) - keep :]
     return text[: len(text) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
   """Length of the longest end of the text that the stop string begins with."""
   longest = min(len(text), len(stop) - 1)
   return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
