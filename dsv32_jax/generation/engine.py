@@ -5,11 +5,13 @@ one token of every sequence whose prompt is. Pages are taken as tokens come;
 when none is left the youngest sequence gives its pages back, waits, and is
 computed again later: what it has drawn stays drawn.
 
-Shapes never vary, and a row's arithmetic does not depend on other rows, so a
-request gives the same tokens and log-probabilities whoever shares the batch
-with it. Prefixes are shared by whole chunks, so that a prompt is cut the same
-way with sharing and without. (Computing again after a lack of pages may change
-last bits: prompts and answers then go through the same chunks.)
+Work follows the pages in use: a step runs at the smallest compiled number of
+pages that its longest sequence needs, and `warm_up` compiles them all. A row's
+arithmetic depends neither on other rows nor on that number, so a request gives
+the same tokens and log-probabilities whoever shares the batch with it. Prefixes
+are shared by whole chunks, so that a prompt is cut the same way with sharing
+and without. (Computing again after a lack of pages may change last bits:
+prompts and answers then go through the same chunks.)
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from dsv32_jax.generation import pages as pages_lib
 from dsv32_jax.generation import programs
 from dsv32_jax.generation import requests as requests_lib
 from dsv32_jax.generation import sampler
+from dsv32_jax.generation import scheduler
 from dsv32_jax.generation import sequence
 
 EngineConfig = programs.EngineConfig
@@ -50,17 +53,31 @@ class Engine:
     self.config = config
     self._programs = programs.Programs(model, config)
     self._vocab_size = model.config.vocab_size
-    self._pages = pages_lib.Pages(self._programs.num_pages, config.page_size)
+    self._scheduler = scheduler.Scheduler(
+      pages_lib.Pages(self._programs.num_pages, config.page_size),
+      max_batch=config.max_batch,
+      prefill_chunk=config.prefill_chunk,
+    )
     self._eos_id, self._detokenize = eos_id, detokenize
     self._seeds = np.random.default_rng(config.seed)
     self._submitted = 0
-    self._waiting: list[sequence.Sequence] = []
-    self._rows: list[sequence.Sequence | None] = [None] * config.max_batch
     self._live: dict[str, sequence.Sequence] = {}
     self._cancelled: list[sequence.Sequence] = []
-    self._counts = dict(
-      prompt_tokens=0, shared_tokens=0, drawn_tokens=0, preemptions=0
-    )
+    self._counts = dict(prompt_tokens=0, shared_tokens=0, drawn_tokens=0)
+
+  def warm_up(self) -> None:
+    """Compiles every program that requests can ask for."""
+    for num_pages in self.config.compiled_page_counts:
+      for batch, length in (
+        (1, self.config.prefill_chunk),
+        (self.config.max_batch, 1),
+      ):
+        self._call(
+          [None] * batch,
+          np.zeros((batch, length), np.int32),
+          np.zeros((batch,), np.int32),
+          num_pages=num_pages,
+        )
 
   def submit(self, request: requests_lib.Request) -> str:
     """Queues a request.
@@ -90,7 +107,7 @@ class Engine:
     )
     self._submitted += 1
     self._live[request_id] = one
-    self._waiting.append(one)
+    self._scheduler.waiting.append(one)
     return request_id
 
   def _in_use(self, request_id: str) -> bool:
@@ -108,7 +125,7 @@ class Engine:
       request,
       vocab_size=self._vocab_size,
       max_length=self.config.max_length,
-      room=self._pages.num_pages * self.config.page_size,
+      room=self._programs.num_pages * self.config.page_size,
       has_text=self._detokenize is not None,
     )
 
@@ -130,11 +147,13 @@ class Engine:
 
   def stats(self) -> dict[str, int]:
     """Counts: pages, requests and tokens so far."""
+    plan = self._scheduler
     return dict(
-      pages_used=self._pages.num_used,
-      pages_free=self._pages.num_free,
-      running=len(self._running()),
-      waiting=len(self._waiting),
+      pages_used=plan.pages.num_used,
+      pages_free=plan.pages.num_free,
+      running=len(plan.running()),
+      waiting=len(plan.waiting),
+      preemptions=plan.preemptions,
       **self._counts,
     )
 
@@ -147,7 +166,7 @@ class Engine:
     if self.has_work:
       raise ValueError(f"{len(self._live)} requests are live")
     self._programs.load(model)
-    self._pages.forget_all()
+    self._scheduler.pages.forget_all()
 
   def generate(
     self, requests: Sequence[requests_lib.Request]
@@ -186,71 +205,34 @@ class Engine:
       for one in self._cancelled
     ]
     self._cancelled.clear()
-    self._admit()
+    self._scheduler.admit()
     events.extend(self._prefill())
     events.extend(self._decode())
     return events
 
-  def _running(self) -> list[sequence.Sequence]:
-    """Oldest first."""
-    running = [one for one in self._rows if one is not None]
-    return sorted(running, key=lambda one: one.order)
-
-  def _admit(self):
-    while self._waiting and None in self._rows:
-      one = self._waiting[0]
-      # With none to spare it would only be thrown out again.
-      needed = -(-(one.prefill_end + 1) // self.config.page_size)
-      if self._running() and needed > self._pages.num_free:
-        return
-      self._rows[self._rows.index(None)] = self._waiting.pop(0)
-
   def _leave(self, one: sequence.Sequence):
-    """Takes a sequence out, wherever it is."""
+    """Ends a sequence, wherever it is."""
     del self._live[one.request_id]
-    if one in self._waiting:
-      self._waiting.remove(one)
-    else:
-      self._release(one)
+    self._scheduler.remove(one)
 
-  def _release(self, one: sequence.Sequence):
-    self._rows[self._rows.index(one)] = None
-    self._pages.give_back(one.pages)
-    one.pages, one.held = [], 0
+  def _call(self, sequences, tokens_BT, count_B, *, num_pages=None):
+    """Runs a step; the n-th row is of the n-th sequence, None runs nothing.
 
-  def _ensure(self, one: sequence.Sequence, length: int) -> bool:
-    """Gets pages for `length` tokens, from younger sequences if need be.
-
-    Returns:
-      False if the sequence itself was the youngest and waits now.
+    The longest sequence decides what `num_pages` is, where it is not given.
     """
-    needed = -(-length // self.config.page_size) - len(one.pages)
-    while needed > 0:
-      taken = self._pages.take(needed)
-      if taken is not None:
-        one.pages.extend(taken)
-        break
-      youngest = self._running()[-1]
-      self._release(youngest)
-      self._waiting.insert(0, youngest)
-      self._waiting.sort(key=lambda other: other.order)
-      self._counts["preemptions"] += 1
-      if youngest is one:
-        return False
-    return True
-
-  def _call(self, sequences, tokens_BT, count_B):
-    """Runs a step; the n-th row is of the n-th sequence, None runs nothing."""
     batch = len(sequences)
-    table_BM = np.zeros(
-      (batch, -(-self.config.max_length // self.config.page_size)), np.int32
-    )
+    live = [one for one in sequences if one is not None]
+    if num_pages is None:
+      needed = max(len(one.pages) for one in live)
+      num_pages = min(
+        n for n in self.config.compiled_page_counts if n >= needed
+      )
+    table_BM = np.zeros((batch, num_pages), np.int32)
     length_B = np.zeros((batch,), np.int32)
     for row, one in enumerate(sequences):
       if one is not None:
         table_BM[row, : len(one.pages)] = one.pages
         length_B[row] = one.held
-    live = [one for one in sequences if one is not None]
     rows = sampler.rows(
       [one and one.request.sampling for one in sequences],
       [one.seed if one else 0 for one in sequences],
@@ -258,19 +240,20 @@ class Engine:
       self._vocab_size,
     )
     return self._programs(
-      programs.Call(tokens_BT, length_B, count_B, table_BM, rows),
-      with_selection=any(one.request.want_selection for one in live),
+      programs.Call(tokens_BT, length_B, count_B, table_BM, rows)
     )
 
   def _prefill(self) -> list[requests_lib.TokenEvent]:
-    ready = [one for one in self._running() if one.held < one.prefill_end]
+    ready = [
+      one for one in self._scheduler.running() if one.held < one.prefill_end
+    ]
     if not ready:
       return []
     one, chunk = ready[0], self.config.prefill_chunk
     if not one.pages:
-      self._share(one)
+      self._counts["shared_tokens"] += self._scheduler.share(one)
     start, end = one.held, min(one.held + chunk, one.prefill_end)
-    if not self._ensure(one, end):
+    if not self._scheduler.ensure(one, end):
       return []
     tokens_BT = np.zeros((1, chunk), np.int32)
     tokens_BT[0, : end - start] = one.tokens[start:end]
@@ -279,51 +262,22 @@ class Engine:
     record = sequence.record_of(one, result, 0, end - start)
     one.add_record(start, record)
     one.held = end
-    self._remember(one, start, record)
+    self._scheduler.remember(one, start, record)
     if one.held < one.prefill_end or one.num_drawn:
       return []
     return [
       self._accept(one, *sequence.fetch(one, result, 0, self._vocab_size))
     ]
 
-  def _share(self, one: sequence.Sequence):
-    """Takes over whole chunks that an earlier prompt left, but for the last."""
-    size, chunk = self.config.page_size, self.config.prefill_chunk
-    usable = min(one.prompt_length, one.prefill_end - 1)
-    per_chunk = chunk // size
-    found, records = self._pages.match(
-      one.tokens, usable // chunk * per_chunk, one.wanted
-    )
-    whole = len(found) // per_chunk * per_chunk
-    self._pages.give_back(found[whole:])
-    one.pages, one.held = found[:whole], whole * size
-    for place, record in enumerate(records[:whole]):
-      one.add_record(place * size, record)
-    self._counts["shared_tokens"] += one.held
-
-  def _remember(
-    self, one: sequence.Sequence, start: int, record: pages_lib.Record
-  ):
-    size = self.config.page_size
-    first, last = start // size, min(one.held, one.prompt_length) // size
-    for place in range(first, last):
-      begin = place * size
-      part = slice(begin - start, begin - start + size)
-      self._pages.remember(
-        one.pages[place - 1] if place else -1,
-        tuple(one.tokens[begin : begin + size]),
-        one.pages[place],
-        sequence.cut(record, part),
-      )
-
   def _decode(self) -> list[requests_lib.TokenEvent]:
-    for one in self._running():
+    rows = self._scheduler.rows
+    for one in self._scheduler.running():
       is_ready = one.num_drawn and one.held == len(one.tokens) - 1
-      if is_ready and one in self._rows:
-        self._ensure(one, len(one.tokens))
+      if is_ready and one in rows:
+        self._scheduler.ensure(one, len(one.tokens))
     sequences = [
       one if one and one.num_drawn and one.held == len(one.tokens) - 1 else None
-      for one in self._rows
+      for one in rows
     ]
     if not any(sequences):
       return []

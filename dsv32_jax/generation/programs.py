@@ -1,7 +1,7 @@
 """The compiled side of the engine: weights, pages and one step of both.
 
 Two shapes of one program serve everything: a token of each of `max_batch`
-sequences, and `prefill_chunk` tokens of one.
+sequences, and `prefill_chunk` tokens of one; both for some numbers of pages.
 """
 
 import dataclasses
@@ -23,6 +23,9 @@ from dsv32_jax.model import transformer
 # B sequences, T tokens, M pages of a sequence, L layers, A experts a token,
 # S selected keys
 
+# Tokens below which a smaller page table would save little.
+LEAST_TOKENS = 1024
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -35,6 +38,9 @@ class EngineConfig:
     memory_budget_bytes: memory for the cache, on all devices together.
     prefill_chunk: prompt tokens a step, a multiple of page_size.
     max_length: tokens of prompt and answer together at most.
+    page_counts: numbers of pages of a sequence that steps are compiled for;
+      the largest holds max_length tokens. Default: doubled from those of
+      LEAST_TOKENS on.
     index_key_format: "model" keeps index keys in the type of the activations;
       "fp8" in 8 bits with a scale, and scores as the official 8-bit indexer.
     seed: of the seeds of requests that bring none.
@@ -46,6 +52,7 @@ class EngineConfig:
   memory_budget_bytes: int | None = None
   prefill_chunk: int = 256
   max_length: int = 4096
+  page_counts: tuple[int, ...] | None = None
   index_key_format: str = "model"
   seed: int = 0
 
@@ -67,6 +74,32 @@ class EngineConfig:
       raise ValueError(
         f"index_key_format={self.index_key_format!r} is not 'model' or 'fp8'"
       )
+    most = self.most_pages
+    if self.page_counts is not None and (
+      not self.page_counts
+      or min(self.page_counts) < 1
+      or max(self.page_counts) != most
+    ):
+      raise ValueError(
+        f"page_counts={self.page_counts} must be positive and end with {most},"
+        f" the pages of max_length={self.max_length} tokens"
+      )
+
+  @property
+  def most_pages(self) -> int:
+    """Pages of the longest sequence."""
+    return -(-self.max_length // self.page_size)
+
+  @property
+  def compiled_page_counts(self) -> tuple[int, ...]:
+    """`page_counts` or their default, ascending."""
+    if self.page_counts is not None:
+      return tuple(sorted(set(self.page_counts)))
+    counts, count = [], -(-LEAST_TOKENS // self.page_size)
+    while count < self.most_pages:
+      counts.append(count)
+      count *= 2
+    return (*counts, self.most_pages)
 
   @property
   def eight_bit_index(self) -> bool:
@@ -112,11 +145,11 @@ class Call(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What one step gives; selection_LBTS only where asked for."""
+  """What one step gives: a draw a row, and what the model chose."""
 
   drawn: sampler.Drawn
   experts_LBTA: jax.Array | None
-  selection_LBTS: jax.Array | None
+  selection_LBTS: jax.Array
 
 
 class Programs:
@@ -144,7 +177,7 @@ class Programs:
     )
     run = functools.partial(_run, self._graph, options)
     # The old pages are given up, so that tokens are written in place.
-    self._run = jax.jit(run, donate_argnums=1, static_argnames="with_selection")
+    self._run = jax.jit(run, donate_argnums=1)
 
   def load(self, model: transformer.Transformer) -> None:
     """Takes another model's weights; what is compiled serves on.
@@ -157,14 +190,12 @@ class Programs:
       raise ValueError("the model's shape is not that of the engine's model")
     self._state = state
 
-  def __call__(self, call: Call, *, with_selection: bool) -> Result:
-    self._pages, result = self._run(
-      self._state, self._pages, call, with_selection=with_selection
-    )
+  def __call__(self, call: Call) -> Result:
+    self._pages, result = self._run(self._state, self._pages, call)
     return result
 
 
-def _run(graph, options, state, pages, call, *, with_selection):
+def _run(graph, options, state, pages, call):
   model = nnx.merge(graph, state)
 
   def paged(layers):
@@ -188,5 +219,4 @@ def _run(graph, options, state, pages, call, *, with_selection):
   experts_LBTA = None if output.moe is None else output.moe.experts_BTA
   if experts_LBTA is not None and model.config.num_experts <= 256:
     experts_LBTA = experts_LBTA.astype(jnp.uint8)
-  chosen = output.gather("selection") if with_selection else None
-  return written, Result(drawn, experts_LBTA, chosen)
+  return written, Result(drawn, experts_LBTA, output.gather("selection"))

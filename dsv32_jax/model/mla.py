@@ -13,6 +13,7 @@ from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import cost_rule
 from dsv32_jax.model import indexer as indexer_lib
 from dsv32_jax.model import layers
+from dsv32_jax.model import paged_attention
 from dsv32_jax.model import rope
 from dsv32_jax.model import selection as selection_lib
 
@@ -100,14 +101,18 @@ class LatentAttention(nnx.Module):
     )
     if isinstance(cache, cache_lib.PagedLayerCache):
       held = cache.append(*new, length_B)
-      values_BTHV, chosen = self.attend_pages(
+      chosen = paged_attention.select(
+        held, index, sight, options, layer=layer, replay=replay
+      )
+      values_BTHV = paged_attention.attend(
         held,
         (query_nope, query_rope),
-        index,
+        chosen,
         sight,
         options,
-        layer=layer,
-        replay=replay,
+        self.key_up[...],
+        self.value_up[...],
+        scale=self.config.softmax_scale,
       )
       out_BTD = self.project_output(values_BTHV)
       return out_BTD, held, dict(selection=chosen, kl_BT=None, trace=trace)
@@ -144,71 +149,6 @@ class LatentAttention(nnx.Module):
     out_BTD = self.project_output(values_BTHV)
     found = dict(selection=chosen, kl_BT=kl_BT, trace=trace)
     return out_BTD, held if cache is not None else None, found
-
-  def attend_pages(
-    self, held, query, index, sight, options, *, layer, replay=None
-  ):
-    """Attends over pages: of the latents only the selected ones are read.
-
-    Args:
-      held: PagedLayerCache with the new tokens in it.
-      query: query_nope_BTHN and query_rope_BTHR.
-      index: IndexInputs of the queries.
-      sight: visibility of the queries.
-      options: with a selector other than Dense().
-      layer: int32 scalar, the layer's number.
-      replay: a recorded selection, words or indices, or None.
-
-    Returns:
-      values_BTHV, and the Selection as slots of each sequence.
-    """
-    dtype = query[0].dtype
-    batch, length = query[0].shape[:2]
-    index_key_BSK = held.index_keys(index.query_BTIK.dtype)
-    chosen = attention_lib.select(
-      options,
-      "gathered",
-      index,
-      index_key_BSK,
-      sight,
-      layer=layer,
-      replay=replay,
-    )
-    rows_BTN = held.rows(chosen.indices_BTN)
-    kernels = cost_rule.choose_kernels(options, length, dtype)
-    if kernels.startswith("tpu"):
-      # They want ascending rows; elsewhere the sum keeps the order of slots,
-      # so that a result does not depend on which pages were free.
-      num_rows = held.latent_PZC.shape[0] * held.latent_PZC.shape[1]
-      rows_BTN = selection_lib.from_replay(
-        rows_BTN, num_keys=num_rows, want_indices=rows_BTN.shape[-1]
-      )
-
-    def one_row(array_BTX):
-      return array_BTX.reshape(1, batch * length, *array_BTX.shape[2:])
-
-    # All queries look into the same pages, as if they were one sequence.
-    projected = attention_lib.Projected(
-      *(one_row(part) for part in query),
-      *(
-        pages.reshape(1, -1, pages.shape[-1])
-        for pages in (held.latent_PZC, held.key_rope_PZR)
-      ),
-      self.key_up[...].astype(dtype),
-      self.value_up[...].astype(dtype),
-    )
-    values_1XHV, _ = attention_lib.attend(
-      options,
-      "gathered",
-      projected,
-      selection_lib.Selection(None, one_row(rows_BTN), None),
-      selection_lib.Visibility(one_row(sight.slots_BT), None, None),
-      None,
-      None,
-      scale=self.config.softmax_scale,
-    )
-    shape = (batch, length, *values_1XHV.shape[2:])
-    return values_1XHV.reshape(shape), chosen
 
   def project_output(self, values_BTHV):
     """Joins the heads: out_BTD."""

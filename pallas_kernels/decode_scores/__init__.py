@@ -1,4 +1,4 @@
-"""Index scores of one query a request against its pages of 8-bit keys.
+"""Index scores of one query a request against its pages of keys.
 
 score[s] = scale[s] * sum_i weight[i] * relu(query[i] . key[s]) in float32
 (DeepSeek-V3.2 eq. 1) for every key of a request, through its page table.
@@ -32,8 +32,9 @@ def decode_scores(
   Args:
     query_BIK: one index query a request; float8_e4m3fn values are allowed.
     weight_BI: the weight of each head with every scale factor inside.
-    page_PZK: float8_e4m3fn keys of all requests, by page.
-    scale_PZ: float32 factor of each key's scores.
+    page_PZK: keys of all requests, by page, float8_e4m3fn or wider.
+    scale_PZ: float32 factor of each key's scores, or None for keys that have
+      none.
     table_BN: int32 page of each request's keys n*Z to n*Z + Z - 1. Entries past
       the length are not used and may hold anything.
     lengths_B: int32 number of keys of each request, at most N*Z.
@@ -74,11 +75,11 @@ def _check(query_BIK, weight_BI, page_PZK, scale_PZ, table_BN, lengths_B):
   implementations.refuse_empty(query_BIK, page_PZK, table_BN)
   if page_PZK.shape[2] != query_BIK.shape[2]:
     raise ValueError(f"{page_PZK.shape=} does not fit {query_BIK.shape=}")
-  if page_PZK.dtype != jnp.float8_e4m3fn:
-    raise ValueError(f"{page_PZK.dtype=} must be float8_e4m3fn")
+  if not jnp.issubdtype(page_PZK.dtype, jnp.floating):
+    raise ValueError(f"{page_PZK.dtype=} must be floating")
   if weight_BI.shape != query_BIK.shape[:2]:
     raise ValueError(f"{weight_BI.shape=} does not fit {query_BIK.shape=}")
-  if scale_PZ.shape != page_PZK.shape[:2]:
+  if scale_PZ is not None and scale_PZ.shape != page_PZK.shape[:2]:
     raise ValueError(f"{scale_PZ.shape=} does not fit {page_PZK.shape=}")
   if lengths_B.shape != query_BIK.shape[:1]:
     raise ValueError(f"{lengths_B.shape=} does not fit {query_BIK.shape=}")

@@ -10,7 +10,6 @@ def scores(query_BIK, weight_BI, page_PZK, scale_PZ, table_BN, lengths_B):
   """Gathers all keys of all requests; see the front for what it returns."""
   batch, _, width = query_BIK.shape
   key_BSK = page_PZK[table_BN].reshape(batch, -1, width)
-  scale_BS = scale_PZ[table_BN].reshape(batch, -1)
   dot_BIS = jnp.einsum(
     "BIK,BSK->BIS",
     query_BIK.astype(jnp.float32),
@@ -19,6 +18,7 @@ def scores(query_BIK, weight_BI, page_PZK, scale_PZ, table_BN, lengths_B):
   )
   weight_BI1 = weight_BI.astype(jnp.float32)[..., None]
   score_BS = jnp.sum(jnp.maximum(dot_BIS, 0.0) * weight_BI1, axis=1)
-  score_BS = score_BS * scale_BS
+  if scale_PZ is not None:
+    score_BS = score_BS * scale_PZ[table_BN].reshape(batch, -1)
   seen_BS = jnp.arange(score_BS.shape[1]) < lengths_B[:, None]
   return jnp.where(seen_BS, score_BS, -jnp.inf)

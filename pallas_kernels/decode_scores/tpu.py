@@ -1,4 +1,4 @@
-"""Index scores over a paged cache of 8-bit keys on TPU.
+"""Index scores over a paged cache on TPU.
 
 Grid (request, chunk), a chunk being about `CHUNK_KEYS` keys of one request.
 The kernel copies the pages of a chunk itself, in whole pages and only those
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 CHUNK_KEYS = 2048
 LANES = 128
-# Rows of 8-bit values that lie together in memory.
+# Rows of 8-bit values that lie together in memory, more than of wider ones.
 ROWS = 32
 
 
@@ -55,10 +55,14 @@ def scores(
     raise ValueError(f"{page_size=} must divide or be a multiple of {LANES}")
   chunks = -(-num_pages // pages)
   table_BN = jnp.pad(table_BN, [(0, 0), (0, chunks * pages - num_pages)])
-  scale_BS = scale_PZ[table_BN].reshape(batch, 1, -1)
+  if scale_PZ is None:
+    scale_B1S = jnp.ones((batch, 1, chunks * keys), jnp.float32)
+  else:
+    scale_B1S = scale_PZ[table_BN].reshape(batch, 1, -1)
   heads = query_BIK.shape[1]
-  narrow = query_BIK.dtype in (jnp.bfloat16, jnp.float8_e4m3fn)
-  dtype = jnp.bfloat16 if narrow else jnp.float32
+  narrow = (jnp.bfloat16, jnp.float8_e4m3fn)
+  both_narrow = query_BIK.dtype in narrow and page_PZK.dtype in narrow
+  dtype = jnp.bfloat16 if both_narrow else jnp.float32
 
   def whole(*shape):
     return pl.BlockSpec((1, *shape), lambda b, c, *_: (b, 0, 0))
@@ -92,7 +96,7 @@ def scores(
     lengths_B,
     query_BIK,
     weight_BI.astype(jnp.float32)[..., None],
-    scale_BS,
+    scale_B1S,
     page_PZK,
   )
   return score_B1S[:, 0, : num_pages * page_size]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import bitmask
 from pallas_kernels import implementations
 from pallas_kernels import visibility
+from pallas_kernels.index_select import few
 from pallas_kernels.index_select import gpu
 from pallas_kernels.index_select import ref
 from pallas_kernels.index_select import tpu
@@ -23,7 +24,17 @@ from pallas_kernels.index_select import tpu_indices
 from pallas_kernels.index_select import xla
 from pallas_kernels.index_select.ref import index_scores
 
-__all__ = ["Selected", "index_scores", "index_select", "list_selected"]
+__all__ = [
+  "FEW_QUERIES",
+  "Selected",
+  "index_scores",
+  "index_select",
+  "list_selected",
+  "select_scored",
+]
+
+# Queries of a sequence up to which plain XLA sorts each row, as in decoding.
+FEW_QUERIES = xla.FEW_QUERIES
 
 
 class Selected(NamedTuple):
@@ -110,6 +121,33 @@ def index_select(
     *select[name](
       *arrays, top_k=top_k, want_mask=want_mask, want_indices=want_indices
     )
+  )
+
+
+def select_scored(score_BTS, slots_BT, *, top_k):
+  """Selects the `top_k` best of given scores, as `index_select` does.
+
+  For a few queries, as in decoding: each row is sorted.
+
+  Args:
+    score_BTS: float32 scores of every key.
+    slots_BT: int32 key slot of each query; -1 for a padding query.
+    top_k: how many keys to select at most.
+
+  Returns:
+    indices_BTN int32, ascending, padded at the end with -1, and invalid_BT
+    where a NaN among the visible scores left the choice empty.
+
+  Raises:
+    ValueError: shapes that do not fit.
+  """
+  if score_BTS.ndim != 3 or slots_BT.shape != score_BTS.shape[:2]:
+    raise ValueError(f"{slots_BT.shape=} does not fit {score_BTS.shape=}")
+  if top_k < 1:
+    raise ValueError(f"{top_k=} must be at least 1")
+  slots_BT = jnp.minimum(slots_BT.astype(jnp.int32), score_BTS.shape[2] - 1)
+  return few.select_scored(
+    jax.lax.stop_gradient(score_BTS), slots_BT, top_k=top_k
   )
 
 

@@ -1,4 +1,7 @@
-"""Selection for one or two queries, as in decoding, by `lax.top_k`."""
+"""Selection for one or two queries, as in decoding, by `lax.top_k`.
+
+Work stops at the first quarter of the keys that covers all visible ones.
+"""
 # B batch, T queries, S keys, P keys of a level, I index heads, K index width,
 # N selected keys
 
@@ -25,10 +28,7 @@ def select(
   want_mask,
   want_indices,
 ):
-  """Returns the fields of `Selected` in order, for one segment.
-
-  Work stops at the first quarter of the keys that covers all visible ones.
-  """
+  """Returns the fields of `Selected` in order, for one segment."""
   num_keys = key_BSK.shape[1]
 
   def branch(width):
@@ -36,14 +36,30 @@ def select(
     score_BTP = _scores(query_BTIK, key_BSK[:, :width], weight_BTI, scale_BP)
     return _best(score_BTP, slots_BT, top_k)
 
+  indices_BTN, *others = _by_level(branch, num_keys, slots_BT)
+  mask_BTW = bitmask.from_indices(indices_BTN, num_keys) if want_mask else None
+  return mask_BTW, indices_BTN if want_indices else None, *others
+
+
+def select_scored(score_BTS, slots_BT, *, top_k):
+  """Selects by given scores: indices_BTN and invalid_BT."""
+
+  def branch(width):
+    score_BTP = score_BTS[..., :width]
+    score_BTP = jnp.where(score_BTP == 0.0, 0.0, score_BTP)
+    indices_BTN, _, _, invalid_BT = _best(score_BTP, slots_BT, top_k)
+    return indices_BTN, invalid_BT
+
+  return _by_level(branch, score_BTS.shape[-1], slots_BT)
+
+
+def _by_level(branch, num_keys, slots_BT):
+  """Calls branch with the least static width that covers the visible keys."""
   widths = sorted({-(-num_keys * i // LEVELS) for i in range(1, LEVELS + 1)})
   level = sum(
     (jnp.max(slots_BT) >= width).astype(jnp.int32) for width in widths[:-1]
   )
-  branches = [functools.partial(branch, width) for width in widths]
-  indices_BTN, *others = lax.switch(level, branches)
-  mask_BTW = bitmask.from_indices(indices_BTN, num_keys) if want_mask else None
-  return mask_BTW, indices_BTN if want_indices else None, *others
+  return lax.switch(level, [functools.partial(branch, w) for w in widths])
 
 
 def _scores(query_BTIK, key_BPK, weight_BTI, scale_BP):

@@ -193,31 +193,6 @@ def test_preemption_loses_nothing(model, engine):
     np.testing.assert_array_equal(one.selection_LNS, other.selection_LNS)
 
 
-def test_nothing_is_compiled_twice(engine):
-  engine.generate([ask(prompt(5)), ask(prompt(9), wants=True)])
-  compiled = []
-
-  def listen(event, duration, **_):
-    del duration
-    if event.endswith("backend_compile_duration"):
-      compiled.append(event)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    jax.jit(lambda x: x + 1)(np.float32(1))
-    assert len(compiled) == 1
-    for count in (1, 2, 3, 5):
-      engine.generate(
-        [
-          ask(prompt(3 * n + 1, seed=n), top_k=n, max_tokens=n + 1, wants=n > 2)
-          for n in range(count)
-        ]
-      )
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
-  assert len(compiled) == 1
-
-
 def test_requests_join_leave_and_are_cancelled(engine):
   long = ask(prompt(9, seed=1), max_tokens=20, seed=1)
   (alone,) = engine.generate([long])
@@ -334,6 +309,9 @@ def test_ids_of_requests(engine):
     (dict(memory_budget_bytes=9), "exactly one"),
     (dict(index_key_format="int4"), "index_key_format='int4'"),
     (dict(num_pages=None, memory_budget_bytes=9), "no page"),
+    (dict(page_counts=()), r"page_counts=\(\)"),
+    (dict(page_counts=(0, 12)), "page_counts=.*positive"),
+    (dict(page_counts=(2, 4)), "end with 12"),
   ],
 )
 def test_bad_sizes(model, changes, message):

@@ -79,6 +79,28 @@ def test_narrow_queries(dtype, implementation):
   np.testing.assert_array_equal(got_BS, want_BS)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_without_scales(dtype, implementation):
+  inputs = arrays((200, 0, 300), 5, 64, 4, seed=2)
+  inputs[2] = inputs[2].astype(dtype)
+  ones_PZ = np.ones_like(inputs[3])
+  want_BS = float64_scores(*inputs[:3], ones_PZ, *inputs[4:])
+  inputs[3] = None
+  got_BS = run(*inputs, implementation=implementation)
+  np.testing.assert_array_equal(got_BS, want_BS)
+
+
+def test_a_longer_table_changes_no_bit():
+  query, weight, page, scale, table, lengths = arrays((90, 50), 3, 32, 4)
+  rng = np.random.default_rng(3)
+  query, weight = (rng.standard_normal(x.shape) for x in (query, weight))
+  got_BS = run(query, weight, page, scale, table, lengths)
+  longer = np.pad(table, [(0, 0), (0, 61)])
+  other_BS = run(query, weight, page, scale, longer, lengths)
+  np.testing.assert_array_equal(other_BS[:, : 3 * 32], got_BS)
+
+
 def test_wrong_arguments_are_named():
   inputs = arrays((20,), 1, 32, 2)
   with pytest.raises(ValueError, match="implementation='gpu'"):
@@ -86,7 +108,7 @@ def test_wrong_arguments_are_named():
   with pytest.raises(ValueError, match=r"scale_PZ\.shape"):
     decode_scores(*inputs[:3], inputs[3][:, 1:], *inputs[4:])
   with pytest.raises(ValueError, match=r"page_PZK\.dtype"):
-    decode_scores(*inputs[:2], inputs[2].astype("float32"), *inputs[3:])
+    decode_scores(*inputs[:2], inputs[2].astype("int8"), *inputs[3:])
   with pytest.raises(ValueError, match=r"x\.dtype"):
     decode_scores(*inputs[:5], inputs[5].astype("float32"))
   narrow = arrays((20,), 1, 32, 2, width=64)

@@ -1,0 +1,123 @@
+"""Attention over a cache in pages: what is read of them, and by whom.
+
+All queries look into the same pages, so that no sequence's latents are copied
+out of them: the selected rows are fetched from where they lie.
+"""
+
+import jax.numpy as jnp
+
+from dsv32_jax.model import attention as attention_lib
+from dsv32_jax.model import cost_rule
+from dsv32_jax.model import selection as selection_lib
+from pallas_kernels import decode_scores
+from pallas_kernels import index_select
+
+# B sequences, T queries, S slots, N selected keys, P pages, Z slots of a page,
+# C latent, R rotary width, I index heads, K index width, H heads
+
+# Queries of a sequence up to which index keys are scored where they lie.
+FEW_QUERIES = index_select.FEW_QUERIES
+
+
+def select(held, index, sight, options, *, layer, replay=None):
+  """Chooses each query's slots, as indices.
+
+  Args:
+    held: PagedLayerCache with the queries' own tokens in it.
+    index: IndexInputs of the queries.
+    sight: visibility of the queries, without segments.
+    options: with a selector other than Dense().
+    layer: int32 scalar, the layer's number.
+    replay: a recorded selection, words or indices, or None.
+
+  Returns:
+    A Selection with indices_BTN.
+  """
+  few = index.query_BTIK.shape[1] <= FEW_QUERIES
+  if few and replay is None and isinstance(options.select, selection_lib.TopK):
+    return _select_in_place(held, index, sight, options)
+  return attention_lib.select(
+    options,
+    "gathered",
+    index,
+    held.index_keys(index.query_BTIK.dtype),
+    sight,
+    layer=layer,
+    replay=replay,
+  )
+
+
+def _select_in_place(held, index, sight, options):
+  """Scores the pages in use and no others; a query is a request of its own."""
+  batch, queries = sight.slots_BT.shape
+  kernels = cost_rule.choose_kernels(options, queries, index.query_BTIK.dtype)
+
+  def each_query(array_BTX):
+    return array_BTX.reshape(batch * queries, *array_BTX.shape[2:])
+
+  score_XS = decode_scores.decode_scores(
+    each_query(index.query_BTIK),
+    each_query(index.weight_BTI),
+    held.index_key_PZK,
+    held.index_scale_PZ,
+    jnp.repeat(held.table_BM, queries, axis=0),
+    each_query(sight.slots_BT) + 1,
+    # There are none for GPUs.
+    implementation="xla" if kernels == "gpu" else kernels,
+  )
+  indices_BTN, invalid_BT = index_select.select_scored(
+    score_XS.reshape(batch, queries, -1), sight.slots_BT, top_k=options.select.k
+  )
+  return selection_lib.Selection(None, indices_BTN, invalid_BT)
+
+
+def attend(
+  held, query, chosen, sight, options, key_up_CHN, value_up_CHV, *, scale
+):
+  """Attends to the selected slots: values_BTHV.
+
+  Args:
+    held: PagedLayerCache.
+    query: query_nope_BTHN and query_rope_BTHR.
+    chosen: Selection with indices_BTN, slots of each sequence.
+    sight: visibility of the queries.
+    options: attention options.
+    key_up_CHN: expansion of latents to keys.
+    value_up_CHV: expansion of latents to values.
+    scale: softmax scale.
+  """
+  dtype = query[0].dtype
+  batch, length = query[0].shape[:2]
+  rows_BTN = held.rows(chosen.indices_BTN)
+  kernels = cost_rule.choose_kernels(options, length, dtype)
+  if kernels.startswith("tpu"):
+    # They want ascending rows; elsewhere the sum keeps the order of slots,
+    # so that a result does not depend on which pages were free.
+    num_rows = held.latent_PZC.shape[0] * held.latent_PZC.shape[1]
+    rows_BTN = selection_lib.from_replay(
+      rows_BTN, num_keys=num_rows, want_indices=rows_BTN.shape[-1]
+    )
+
+  def one_row(array_BTX):
+    return array_BTX.reshape(1, batch * length, *array_BTX.shape[2:])
+
+  projected = attention_lib.Projected(
+    *(one_row(part) for part in query),
+    *(
+      pages.reshape(1, -1, pages.shape[-1])
+      for pages in (held.latent_PZC, held.key_rope_PZR)
+    ),
+    key_up_CHN.astype(dtype),
+    value_up_CHV.astype(dtype),
+  )
+  values_1XHV, _ = attention_lib.attend(
+    options,
+    "gathered",
+    projected,
+    selection_lib.Selection(None, one_row(rows_BTN), None),
+    selection_lib.Visibility(one_row(sight.slots_BT), None, None),
+    None,
+    None,
+    scale=scale,
+  )
+  return values_1XHV.reshape(batch, length, *values_1XHV.shape[2:])
