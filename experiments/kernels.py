@@ -237,15 +237,15 @@ def schedule(table) -> bool:
       emit(line)
     results.append(found)
   sys.stderr.write("\n".join(map(budget.table, results)) + "\n")
-  if path is not None:
+  if path is None:
+    over = budget.faults(results)
+  else:
     if _WRITE_BUDGET.value:
       budget.write(path, results)
       allowed = budget.read(path)
     over = budget.exceeded(allowed, results)
-    sys.stderr.write("".join(f"over budget: {line}\n" for line in over))
-    if over:
-      return False
-  return not any("failed" in found for found in results)
+  sys.stderr.write("".join(f"over budget: {line}\n" for line in over))
+  return not over and not any("failed" in found for found in results)
 
 
 def compiled(row: dict) -> dict:

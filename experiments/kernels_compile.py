@@ -153,20 +153,18 @@ def compile_gpu(function, arrays, target: str, folder) -> dict[str, Any]:
   )
   return {
     "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
-    "kernels": [
-      _gpu_kernel(index, kernel) for index, kernel in enumerate(kernels)
-    ],
+    "kernels": [_gpu_kernel(kernel) for kernel in kernels],
   }
 
 
-def _gpu_kernel(index: int, kernel: gpu_compile.Kernel) -> dict[str, Any]:
+def _gpu_kernel(kernel: gpu_compile.Kernel) -> dict[str, Any]:
   loops = [
     loop
     for loop in schedule_gpu.loops(kernel.sass)
     if loop.instructions >= SHORTEST_LOOP
   ]
   return {
-    "name": f"kernel_{index}",
+    "name": kernel.name,
     "tile": max((loop.instructions for loop in loops), default=0),
     "registers": kernel.registers,
     "highest_register": kernel.highest_register(),

@@ -6,9 +6,11 @@ GPU the instructions of the largest loop, the highest register, the bytes of
 shared memory and how often the instructions of `COUNTED` occur.
 
 A tile or a loop that grows by more than 2% is over budget, and so is anything
-more of registers or shared memory, another count, a spilled register, what the
-assembler warns of (such as C7511, products that wait for one another), a kernel
-that has no budget and a budget without a kernel.
+more of registers or shared memory, another count, a kernel that has no budget
+and a budget without a kernel. Whatever the budget, no register may be spilled,
+and the assembler may not warn, such as of C7511, products that wait for one
+another. Figures of a GPU are those of the versions in constraints.txt: another
+compiler's differ by a few percent.
 """
 
 from collections.abc import Iterable, Iterator
@@ -137,6 +139,16 @@ def exceeded(budget: Budget, results: list[dict]) -> list[str]:
       reasons += _faults(kernels.get(kernel, {}))
       lines += [f"{name} {kernel}: {reason}" for reason in reasons]
   return lines
+
+
+def faults(results: list[dict]) -> list[str]:
+  """Lists what no budget allows: spills, and warnings of the assembler."""
+  return [
+    f"{key(result)} {kernel['name']}: {reason}"
+    for result in results
+    for kernel in result.get("kernels", ())
+    for reason in _faults(kernel)
+  ]
 
 
 def _over(kernel, allowed) -> list[str]:

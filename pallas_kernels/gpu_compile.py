@@ -50,6 +50,7 @@ class Kernel:
   """What one Mosaic kernel became.
 
   Attributes:
+    name: what the program calls it, or JAX, if it updates arrays in place.
     sass: the machine code as text.
     registers: registers of a thread at launch.
     spill_bytes: bytes of registers stored to memory, a thread.
@@ -57,6 +58,7 @@ class Kernel:
     warnings: lines in which the assembler advises or warns.
   """
 
+  name: str
   sass: str
   registers: int
   spill_bytes: int
@@ -145,6 +147,8 @@ def _read(path):
   lines = report.splitlines()
   launch = path.with_suffix(".mlir-passes.log").read_text()
   return Kernel(
+    # Without the number of the kernel in its process.
+    name=path.stem.rpartition("_")[0],
     sass=path.with_suffix(".sass_ctrl").read_text(),
     registers=_largest(r"Used (\d+) registers", report),
     spill_bytes=_largest(r"(\d+) bytes spill", report),

@@ -146,6 +146,7 @@ def scores(query_CIK, key_PK, weight_CI, last_C, *, interpret=False):
       unsafe_no_auto_barriers=True
     ),
     interpret=interpret,
+    kernel_name="index_scores",
   )
   query_XK = query_CIK.reshape(-1, WIDTH)
   return kernel(tiles_G, query_XK, key_PK, weight_CI.reshape(-1))

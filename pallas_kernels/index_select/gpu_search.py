@@ -89,6 +89,7 @@ def _bisect(ordered_CP, top_k, interpret):
     ),
     compiler_params=parameters,
     interpret=interpret,
+    kernel_name="index_bisect",
   )(ordered_CP)
 
 

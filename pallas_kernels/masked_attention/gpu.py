@@ -129,6 +129,7 @@ def _forward(
     scratch_types=scratch,
     compiler_params=gpu_tiles.parameters(),
     interpret=interpret,
+    kernel_name="masked_attention_forward",
   )
   arrays = (query_BTHQ, key_BSGQ, value_BSGV, words_BWT, tiles_BMN, count_BM)
   return kernel(*arrays)

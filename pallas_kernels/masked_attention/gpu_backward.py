@@ -169,6 +169,8 @@ def _run(own, streams, vectors, static, interpret):
     scratch_types=scratch,
     compiler_params=gpu_tiles.parameters(),
     interpret=interpret,
+    kernel_name="masked_attention_backward_"
+    + ("keys" if static.of_keys else "queries"),
   )
   return kernel(*own, *streams, *vectors)
 

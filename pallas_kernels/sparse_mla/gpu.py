@@ -89,6 +89,7 @@ def _forward(
     scratch_types=gpu_forward_kernel.buffers(latent, rope, copies),
     compiler_params=gpu_tiles.parameters(),
     interpret=interpret,
+    kernel_name="sparse_mla_forward",
   )
   return kernel(
     query_latent_YHC,

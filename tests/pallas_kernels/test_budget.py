@@ -95,6 +95,10 @@ def test_budgets_of_machine_code(tmp_path):
   for changes, words in GROWN:
     (line,) = budget.exceeded(kept, [machine_code(**changes)])
     assert line.endswith(f"kernel_0: {words}")
+  allowed = [machine_code(tile=103), machine_code(opcodes={})]
+  assert budget.faults(allowed) == []
+  (line,) = budget.faults([machine_code(warnings=["C7511: serialized"])])
+  assert line.endswith("bfloat16/forward kernel_0: C7511: serialized")
   spilling = budget.exceeded({}, [machine_code(spill_bytes=8)])
   assert [line.split(", ")[-1] for line in spilling[:1]] == ["no budget"]
   assert len(spilling) == 2
@@ -175,9 +179,12 @@ def committed_budget():
   return budget.read(ROOT / "pallas_kernels" / "budgets.json")
 
 
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
-def test_there_is_a_budget_for_what_is_compiled(topology):
-  rows = budget.plan(cases.BENCHMARKS["long"], f"tpu:{topology}", alone=True)
+@pytest.mark.parametrize(
+  ("platform", "shapes"),
+  [("tpu:v5p:2x2x1", "long"), ("tpu:v6e:2x2", "long"), ("gpu:h200", "real")],
+)
+def test_there_is_a_budget_for_what_is_compiled(platform, shapes):
+  rows = budget.plan(cases.BENCHMARKS[shapes], platform, alone=True)
   kept = committed_budget()
   missing = [budget.key(row) for row in rows if budget.key(row) not in kept]
   assert not missing

@@ -29,6 +29,7 @@ compiled = pytest.mark.skipif(
 
 def test_reads_machine_code():
   kernel = gpu_compile.Kernel(
+    name="made_up",
     sass="""
       /*0000*/  IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;  /* 0x0a0b */
       /*0010*/  @!P0 LDG.E R207, desc[UR4][R2.64] ;
