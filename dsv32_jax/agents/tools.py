@@ -123,15 +123,23 @@ class CallChecker:
     Raises:
       ToolError: the tool does not exist, or the arguments do not fit it.
     """
-    if name not in self._validators:
-      known = ", ".join(self._schemas) or "none"
-      raise ToolError(f"no tool {_short(repr(name))}; tools: {_short(known)}")
+    self._check_name(name)
     if len(text) > self.limits.argument_chars:
       raise ToolError(
         f"the arguments have {len(text)} characters, more than"
         f" {self.limits.argument_chars}"
       )
     arguments = strict_json(text)
+    self.check(name, arguments)
+    return arguments
+
+  def check(self, name: str, arguments: Any) -> None:
+    """Checks the arguments of a call that came as values, not as text.
+
+    Raises:
+      ToolError: the tool does not exist, or the arguments do not fit it.
+    """
+    self._check_name(name)
     try:
       error = next(self._validators[name].iter_errors(arguments), None)
     except RecursionError:
@@ -142,7 +150,11 @@ class CallChecker:
     if error is not None:
       where = error.json_path
       raise ToolError(f"arguments: {_short(where)}: {_short(error.message)}")
-    return arguments
+
+  def _check_name(self, name):
+    if name not in self._validators:
+      known = ", ".join(self._schemas) or "none"
+      raise ToolError(f"no tool {_short(repr(name))}; tools: {_short(known)}")
 
 
 class ToolBox(CallChecker):

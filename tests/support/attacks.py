@@ -33,11 +33,14 @@ LIMITS = sandbox.Limits(
 
 def make(name: str) -> sandbox.Sandbox:
   """Returns a sandbox of one of BACKENDS, for whoever runs the tests."""
+  return sandbox.Sandbox(find(name))
+
+
+def find(name: str):
+  """Returns one of BACKENDS, for whoever runs the tests."""
   if name == "landlock":
-    return sandbox.Sandbox(probing.find_landlock())
-  return sandbox.Sandbox(
-    probing.find_bubblewrap(user_namespace=os.geteuid() != 0)
-  )
+    return probing.find_landlock()
+  return probing.find_bubblewrap(user_namespace=os.geteuid() != 0)
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
