@@ -7,11 +7,14 @@ python -m experiments.train \
 Variants: dense_warmup (2.1B tokens: 1000 steps of 16 x 128K, lr 1e-3, the
 indexer alone), sparse (943.7B tokens: 15000 steps of 480 x 128K, lr 7.3e-6,
 top-k 2048, everything), sft. The data are yours: set `config.data.sources`.
+prefill and decode are steps of the served model at the end of 128K tokens, for
+`experiments.compile_for`.
 """
 
 from dsv32_jax import sharding
 from dsv32_jax.data import pipeline
 from dsv32_jax.data import sources
+from dsv32_jax.generation import ahead
 from dsv32_jax.model import presets
 from dsv32_jax.training import checkpoint
 from dsv32_jax.training import optimizer
@@ -57,6 +60,17 @@ _MESH = sharding.MeshConfig(fsdp=2, expert=16, context=32)
 _MESH_OF_FEW = sharding.MeshConfig(expert=16, context=64)
 
 
+def _serve(new_tokens, mesh, batch_size):
+  """A step of serving; every choice of it is ours."""
+  return ahead.ServeConfig(
+    model=presets.deepseek_v32_671b(),
+    batch_size=batch_size,
+    max_length=_LENGTH,
+    new_tokens=new_tokens,
+    mesh=mesh,
+  )
+
+
 def get_config(variant: str = "sparse"):
   variants = {
     "dense_warmup": lambda: _train(
@@ -85,5 +99,10 @@ def get_config(variant: str = "sparse"):
       mesh=_MESH,
       packing="first_fit",
     ),
+    # For 64 devices: of each expert layer four experts a device.
+    "prefill": lambda: _serve(
+      8192, sharding.MeshConfig(expert=16, tensor=4), batch_size=16
+    ),
+    "decode": lambda: _serve(1, sharding.MeshConfig(expert=64), batch_size=64),
   }
   return common.config_variant(variants, variant)

@@ -1,20 +1,27 @@
-"""Compiles a stage's step for hardware that is not there, and reports on it.
+"""Compiles a step for hardware that is not there, and reports on it.
+
+The step is that of a config's stage of training, or of a served model (its
+config has `new_tokens`).
 
 python -m experiments.compile_for --topology=v5p:8x8x16 \
   --config=configs/deepseek_v32_671b.py:sparse --output=report.json
 
 A TPU topology needs libtpu (the extra `tpu`) and no TPU; cpu:8 compiles for
-that many CPU devices. Exit code 2 says that the step compiled, or failed to,
-because it does not fit.
+that many CPU devices; h200:256 compiles nothing and counts by hand what a stage
+of training needs of that many GPUs in nodes of eight. Exit code 2 says that the
+step compiled, or failed to, because it does not fit.
 """
 
 from experiments import no_accelerator  # noqa: F401  isort: skip
 
+from collections.abc import Callable
 import dataclasses
 import importlib.util
 import json
 import resource
 import sys
+import types
+from typing import NamedTuple
 
 from absl import flags
 import jax
@@ -22,14 +29,20 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 
 from dsv32_jax import config_files
-from dsv32_jax.training import ahead
-from dsv32_jax.training import estimate
+from dsv32_jax.ahead import estimate
+from dsv32_jax.ahead import report as report_lib
+from dsv32_jax.generation import ahead as generation_ahead
+from dsv32_jax.training import ahead as training_ahead
+from dsv32_jax.training import layout
 from dsv32_jax.training import run
 from experiments import common
+from pallas_kernels import roofline
 from pallas_kernels import target
 
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "Generation and shape, as v5p:8x8x16, or cpu:DEVICES."
+  "topology",
+  None,
+  "Generation and shape, as v5p:8x8x16, or cpu:DEVICES, or h200:DEVICES.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "File for the report, JSON.")
 
@@ -45,7 +58,51 @@ _HBM_BYTES = {
 # Implementations that compile there; None is the platform's own.
 _KERNELS = {"cpu": (None, "xla", "tpu_interpret"), "tpu": (None, "xla", "tpu")}
 _MOST_CPU_DEVICES = 4096
+# By arithmetic only; what their makers say, in bytes.
+_GPU_BYTES = {"h100": 80e9, "h200": 141e9}
 _DEVICES_PER_CHIP = {"tpu7x": 2}
+
+
+class _Kind(NamedTuple):
+  """What a config describes a step of.
+
+  Attributes:
+    config: its type.
+    ahead: module that compiles it.
+    field: path to the name of its kernels.
+    kernels: reads that field.
+    with_kernels: changes it.
+  """
+
+  config: type
+  ahead: types.ModuleType
+  field: str
+  kernels: Callable
+  with_kernels: Callable
+
+
+def _stage_with_kernels(config, kernels):
+  stage = dataclasses.replace(config.stage, kernels=kernels)
+  return dataclasses.replace(config, stage=stage)
+
+
+# By the field that only such a config has.
+_KINDS = {
+  "new_tokens": _Kind(
+    generation_ahead.ServeConfig,
+    generation_ahead,
+    "kernels",
+    lambda config: config.kernels,
+    lambda config, kernels: dataclasses.replace(config, kernels=kernels),
+  ),
+  "stage": _Kind(
+    run.TrainConfig,
+    training_ahead,
+    "stage.kernels",
+    lambda config: config.stage.kernels,
+    _stage_with_kernels,
+  ),
+}
 
 
 def main(argv):
@@ -56,18 +113,21 @@ def main(argv):
     # Minutes of compiling are not to end in a file that cannot be written.
     common.require_writable("output", _OUTPUT.value)
   generation, _, shape = _TOPOLOGY.value.partition(":")
+  if generation in _GPU_BYTES:
+    _finish(_count_for_gpus(generation, shape))
+    return
   devices = _devices(generation, shape)
-  config = config_files.build(run.TrainConfig, flags.FLAGS.config)
+  kind = _kind(flags.FLAGS.config)
+  config = config_files.build(kind.config, flags.FLAGS.config)
   offered = _KERNELS["cpu" if generation == "cpu" else "tpu"]
-  if config.stage.kernels not in offered:
+  if kind.kernels(config) not in offered:
     raise ValueError(
-      f"config.stage.kernels={config.stage.kernels!r} cannot be compiled for"
+      f"config.{kind.field}={kind.kernels(config)!r} cannot be compiled for"
       f" --topology={_TOPOLOGY.value}, only {offered}"
     )
-  if generation != "cpu" and config.stage.kernels is None:
+  if generation != "cpu" and kind.kernels(config) is None:
     # The default would be that of the machine that compiles.
-    stage = dataclasses.replace(config.stage, kernels="tpu")
-    config = dataclasses.replace(config, stage=stage)
+    config = kind.with_kernels(config, "tpu")
   hbm = _HBM_BYTES.get(generation)
   report = {
     "topology": _TOPOLOGY.value,
@@ -78,9 +138,9 @@ def main(argv):
   print(f"compiling for {len(devices)} devices of {_TOPOLOGY.value}")
   try:
     with target.compiling_for(devices[0]):
-      found, _ = ahead.compile_step(config, devices)
-  except ahead.DoesNotFit as error:
-    report |= ahead.counts(config) | {
+      found, _ = kind.ahead.compile_step(config, devices)
+  except report_lib.DoesNotFit as error:
+    report |= kind.ahead.counts(config) | {
       "temporary_bytes_per_device": error.needed_bytes,
       "fits": False,
       "why": str(error),
@@ -91,11 +151,16 @@ def main(argv):
       name = generation.removeprefix("tpu")
       report |= estimate.estimate(found, name)._asdict()
     report["fits"] = (
-      hbm is None or found.peak_bytes_per_device <= ahead.USABLE * hbm
+      hbm is None or found.peak_bytes_per_device <= report_lib.USABLE * hbm
     )
   # The most memory that this process has held.
   held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   report["host_peak_bytes"] = held * 1024
+  _finish(report)
+
+
+def _finish(report):
+  """Shows and writes the report; ends the program where it does not fit."""
   _show(report)
   if _OUTPUT.value is not None:
     with open(_OUTPUT.value, "w") as file:
@@ -103,6 +168,40 @@ def main(argv):
       file.write("\n")
   if not report["fits"]:
     sys.exit(2)
+
+
+def _count_for_gpus(generation, shape):
+  """The report of a stage on GPUs, nothing compiled."""
+  config = flags.FLAGS.config
+  if _kind(config).config is not run.TrainConfig:
+    raise ValueError(
+      f"--topology={_TOPOLOGY.value}: only a stage of training is counted by"
+      " hand"
+    )
+  config = config_files.build(run.TrainConfig, config)
+  found = layout.layout(config, roofline.device(generation))
+  needed = str(layout.abstract_mesh(config.mesh).size)
+  if shape != needed:
+    raise ValueError(
+      f"--topology={_TOPOLOGY.value}: the mesh is of {needed} devices"
+    )
+  hbm = int(_GPU_BYTES[generation])
+  return {
+    "topology": _TOPOLOGY.value,
+    "chips": int(shape),
+    "devices": int(shape),
+    "hbm_bytes_per_device": hbm,
+    **training_ahead.counts(config),
+    **found._asdict(),
+    "fits": found.peak_bytes_per_device <= report_lib.USABLE * hbm,
+  }
+
+
+def _kind(config) -> _Kind:
+  for field, kind in _KINDS.items():
+    if field in config:
+      return kind
+  raise ValueError(f"--config has none of the fields {', '.join(_KINDS)}")
 
 
 def _devices(generation, shape):

@@ -18,14 +18,17 @@ MAY_IMPORT = {
   "dsv32_jax.config_files": (),
   "dsv32_jax.sharding": (),
   "dsv32_jax.model": ("dsv32_jax.sharding", "pallas_kernels"),
+  "dsv32_jax.ahead": ("pallas_kernels",),
   "dsv32_jax.weights": ("dsv32_jax.model", "dsv32_jax.config_files"),
   "dsv32_jax.data": ("dsv32_jax.config_files",),
   "dsv32_jax.generation": (
+    "dsv32_jax.ahead",
     "dsv32_jax.model",
     "dsv32_jax.agents",
     "dsv32_jax.config_files",
   ),
   "dsv32_jax.training": (
+    "dsv32_jax.ahead",
     "dsv32_jax.model",
     "dsv32_jax.data",
     "dsv32_jax.config_files",

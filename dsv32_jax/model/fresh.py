@@ -18,6 +18,17 @@ from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import transformer
 
 
+def abstract_model(
+  config: config_lib.ModelConfig, *, dtype, compute_dtype=None
+) -> transformer.Transformer:
+  """Describes a model without allocating it."""
+  return nnx.eval_shape(
+    lambda: transformer.Transformer(
+      config, rngs=nnx.Rngs(0), dtype=dtype, compute_dtype=compute_dtype
+    )
+  )
+
+
 def fresh_model(
   config: config_lib.ModelConfig,
   *,
@@ -39,11 +50,7 @@ def fresh_model(
     mesh: mesh to lay it on, or None for the first device.
   """
   graph, abstract = nnx.split(
-    nnx.eval_shape(
-      lambda: transformer.Transformer(
-        config, rngs=nnx.Rngs(0), dtype=dtype, compute_dtype=compute_dtype
-      )
-    )
+    abstract_model(config, dtype=dtype, compute_dtype=compute_dtype)
   )
   filled = [
     (path, variable.replace(_fill(path, variable, config, seed)))

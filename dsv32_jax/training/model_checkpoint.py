@@ -14,19 +14,9 @@ import jax.numpy as jnp
 from dsv32_jax import config_files
 from dsv32_jax import sharding
 from dsv32_jax.model import config as config_lib
+from dsv32_jax.model import fresh
 from dsv32_jax.model import transformer
 from dsv32_jax.training import checkpoint as checkpoint_lib
-
-
-def abstract_model(
-  config: config_lib.ModelConfig, *, dtype, compute_dtype=None
-) -> transformer.Transformer:
-  """Describes a model without allocating it."""
-  return nnx.eval_shape(
-    lambda: transformer.Transformer(
-      config, rngs=nnx.Rngs(0), dtype=dtype, compute_dtype=compute_dtype
-    )
-  )
 
 
 def model_notes(model: transformer.Transformer) -> dict[str, Any]:
@@ -79,14 +69,16 @@ def load_model(
       config_lib.ModelConfig, notes["model"], f"{folder}: model"
     )
     saved_dtype = jnp.dtype(notes["dtype"])
-    abstract = abstract_model(config, dtype=saved_dtype)
+    abstract = fresh.abstract_model(config, dtype=saved_dtype)
     _, state = nnx.split(abstract)
     target = {"model": sharding.placed(state, mesh)}
     # The model alone does not care where in the data its run stood.
     found = checkpointer.restore(target, step, same_processes=False)
     state = found.trees["model"]
   dtype = saved_dtype if dtype is None else jnp.dtype(dtype)
-  wanted = abstract_model(config, dtype=dtype, compute_dtype=compute_dtype)
+  wanted = fresh.abstract_model(
+    config, dtype=dtype, compute_dtype=compute_dtype
+  )
   graph, abstract_state = nnx.split(wanted)
   state = jax.tree.map(
     lambda x, like: x.astype(like.dtype), state, abstract_state

@@ -282,7 +282,7 @@ def abstract_state(config: TrainConfig, mesh):
   Returns:
     (graph, TrainState of jax.ShapeDtypeStruct with shardings on the mesh).
   """
-  model = model_checkpoint.abstract_model(
+  model = fresh.abstract_model(
     config.model,
     dtype=jnp.dtype(config.parameter_dtype),
     compute_dtype=jnp.dtype(config.compute_dtype),

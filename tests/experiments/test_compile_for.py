@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from dsv32_jax.model import presets
-from dsv32_jax.training import flops
 from dsv32_jax.training import stages
+from dsv32_jax.training import step_flops
 
 
 def compile_for(*arguments, **environment):
@@ -50,10 +50,61 @@ def test_reports_a_step_on_forced_cpu_devices(tmp_path):
   # Half of the experts, and both moments beside the weights.
   assert report["argument_bytes_per_device"] > 0
   assert report["temporary_bytes_per_device"] > 0
-  wanted = flops.step_flops(presets.tiny(), stages.PRETRAIN, 2, 64)
+  wanted = step_flops.count(presets.tiny(), stages.PRETRAIN, 2, 64)
   assert report["model_flops_per_step"] == wanted.total
   assert report["collectives"], "two devices share nothing"
   assert report["sorts"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["prefill", "decode"])
+def test_reports_a_step_of_serving(variant, tmp_path):
+  output = tmp_path / "report.json"
+  finished = compile_for(
+    "--topology=cpu:4",
+    f"--config=configs/deepseek_v32_671b.py:{variant}",
+    "--config.model.num_layers=2",
+    "--config.model.num_dense_layers=1",
+    "--config.model.num_experts=16",
+    "--config.model.num_expert_groups=4",
+    "--config.model.width=256",
+    "--config.model.vocab_size=512",
+    "--config.model.index_top_k=64",
+    "--config.mesh.expert=2",
+    "--config.mesh.tensor=2",
+    "--config.batch_size=2",
+    "--config.max_length=256",
+    f"--config.new_tokens={1 if variant == 'decode' else 64}",
+    f"--output={output}",
+  )
+  assert finished.returncode == 0, finished.stderr
+  report = json.loads(output.read_text())
+  assert (report["global_batch"], report["sequence_length"]) == (2, 256)
+  # The cache of two layers for half of the sequences, bfloat16.
+  assert report["argument_bytes_per_device"] > 2 * 256 * (576 + 128) * 2
+  assert report["collectives"]["all-to-all"] > 0, "no expert exchange"
+
+
+def test_gpus_are_counted_by_hand(tmp_path):
+  arguments = (
+    "--config=configs/deepseek_v32_671b.py:sparse",
+    "--config.mesh.expert=8",
+    "--config.mesh.context=16",
+    "--config.microbatches=30",
+    f"--output={tmp_path / 'report.json'}",
+  )
+  finished = compile_for("--topology=h200:256", *arguments)
+  assert finished.returncode == 0, finished.stderr
+  report = json.loads((tmp_path / "report.json").read_text())
+  assert report["fits"] and "compile_seconds" not in report
+  assert_one_line(
+    compile_for("--topology=h200:8", *arguments), "the mesh is of 256 devices"
+  )
+  # Half of the nodes do not hold it.
+  finished = compile_for(
+    "--topology=h200:128", *arguments, "--config.mesh.fsdp=1"
+  )
+  assert finished.returncode == 2
 
 
 def sparse_step(output, **mesh):

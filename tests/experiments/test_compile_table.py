@@ -20,7 +20,7 @@ REPORT = {
   "step_seconds": 90.0,
   "mfu": 0.25,
 }
-TARGET = compile_table.TARGETS[-1]
+TARGET = compile_table.Target("sparse", "tpu7x:4x4x8", {})
 
 
 def test_a_line_tells_what_was_reported():
@@ -46,6 +46,13 @@ def test_what_does_not_fit_is_a_line():
   cells = compile_table.row(TARGET, report)
   assert cells[4] == "does not fit 96.0"
   assert len(cells) == len(compile_table.row(TARGET, REPORT))
+
+
+def test_what_was_counted_by_hand_says_so():
+  report = {k: v for k, v in REPORT.items() if k != "compile_seconds"}
+  report["bytes_by_axis"] = {"expert": 3e12, "context": 1e12}
+  cells = compile_table.row(TARGET, report)
+  assert cells[6:9] == ("by hand", "4000", "not compiled")
 
 
 def test_targets_have_names_of_their_own():

@@ -1,5 +1,6 @@
 """Counts read from programs, against programs whose counts are known."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv32_jax.training import ahead
-from dsv32_jax.training import estimate
-from dsv32_jax.training import hlo
-from dsv32_jax.training import jaxpr_flops
+from dsv32_jax.ahead import estimate
+from dsv32_jax.ahead import hlo
+from dsv32_jax.ahead import jaxpr_flops
+from dsv32_jax.ahead import report as report_lib
 from pallas_kernels import masked_attention
 from pallas_kernels import sparse_mla
 
@@ -205,7 +206,7 @@ def test_products_of_a_kernel_whose_grid_the_data_tell():
 
 
 def test_an_estimate_adds_products_and_exchange():
-  report = ahead.Report(
+  report = report_lib.Report(
     devices=4,
     argument_bytes_per_device=0,
     temporary_bytes_per_device=0,
@@ -224,6 +225,13 @@ def test_an_estimate_adds_products_and_exchange():
     most_gathered=1,
   )
   found = estimate.estimate(report, "v5p")
-  np.testing.assert_allclose(found[:4], (0.5, 0.5, 1.0, 0.25))
+  assert found.memory_seconds == 0
+  np.testing.assert_allclose(
+    (found.product_seconds, found.exchange_seconds), (0.5, 0.5)
+  )
+  np.testing.assert_allclose((found.step_seconds, found.mfu), (1.0, 0.25))
+  # Two seconds of reading hide half a second of products.
+  report = dataclasses.replace(report, argument_bytes_per_device=2 * 2765e9)
+  assert estimate.estimate(report, "v5p").step_seconds == pytest.approx(2.5)
   with pytest.raises(ValueError, match="generation='v4'"):
     estimate.estimate(report, "v4")

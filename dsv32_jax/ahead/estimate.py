@@ -5,7 +5,7 @@ An estimate and no measurement: nothing of it has run.
 
 from typing import NamedTuple
 
-from dsv32_jax.training import ahead
+from dsv32_jax.ahead import report as report_lib
 from pallas_kernels import roofline
 
 # Bytes a second that a JAX device sends over all its links in one direction:
@@ -15,7 +15,8 @@ LINK_BYTES = {"v5e": 200e9, "v5p": 600e9, "v6e": 400e9, "7x": 300e9}
 ASSUMES = (
   "every product in bfloat16 at the peak of the matrix units; every byte of a"
   " collective's result over all links at once, none of it hidden behind"
-  " products; one turn of each loop that turns as often as the data need; no"
+  " products; arguments read once, at the memory's peak, while products run;"
+  " one turn of each loop that turns as often as the data need; no"
   " time for anything else"
 )
 
@@ -25,20 +26,22 @@ class Estimate(NamedTuple):
 
   Attributes:
     product_seconds: of the products that the program runs.
+    memory_seconds: of reading weights, and state or cache, once.
     exchange_seconds: of its collectives.
-    step_seconds: both, one after the other.
+    step_seconds: the longer of the two, and then the exchange.
     mfu: share of the peak that the model's own operations reach in that time.
     assumes: what has to hold, as text.
   """
 
   product_seconds: float
+  memory_seconds: float
   exchange_seconds: float
   step_seconds: float
   mfu: float
   assumes: str
 
 
-def estimate(report: ahead.Report, generation: str) -> Estimate:
+def estimate(report: report_lib.Report, generation: str) -> Estimate:
   """Estimates the time of a step.
 
   Args:
@@ -55,6 +58,7 @@ def estimate(report: ahead.Report, generation: str) -> Estimate:
   products = report.program_flops_per_step / peak
   moved = sum(report.collective_bytes_per_device.values())
   exchange = moved / LINK_BYTES[generation]
-  seconds = products + exchange
+  memory = report.argument_bytes_per_device / device.bytes
+  seconds = max(products, memory) + exchange
   mfu = report.model_flops_per_step / (peak * seconds)
-  return Estimate(products, exchange, seconds, mfu, ASSUMES)
+  return Estimate(products, memory, exchange, seconds, mfu, ASSUMES)

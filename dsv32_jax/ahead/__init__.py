@@ -1,0 +1,1 @@
+"""Programs compiled for devices that need not exist, and what they need."""
