@@ -1,12 +1,15 @@
-"""Synthesis of general agentic tasks, offline and procedural.
+"""Synthesis of agentic tasks, offline and procedural.
 
 python -m experiments.synthesize --config=configs/synthesize.py --workdir=DIR
 
 The default is the paper's scale, 1,827 environments and 4,417 tasks. A few:
 --config=configs/synthesize.py:small
+
+Search tasks over Python's own documentation: :search, a few: :search_small
 """
 
 from dsv32_jax.agents.synthesis.general import pipeline
+from dsv32_jax.agents.synthesis.search import pipeline as search
 from experiments import common
 
 
@@ -17,8 +20,16 @@ def get_config(variant: str = "paper"):
       num_environments=26, num_tasks=63, num_trajectories=10
     ),
   }
+  variants |= {
+    "search": search.SearchSynthesisConfig,
+    "search_small": lambda: search.SearchSynthesisConfig(
+      num_tasks=12,
+      num_helpful=40,
+      modules=("email", "http", "asyncio", "xml", "multiprocessing", "json"),
+    ),
+  }
   # The family of a variant, where it is not "general".
-  families = {}
+  families = {"search": "search", "search_small": "search"}
   config = common.config_variant(variants, variant)
   config.family = families.get(variant, "general")
   return config

@@ -1,11 +1,12 @@
-"""Synthesises general agentic tasks: databases, tools, tasks and verifiers.
+"""Synthesises agentic tasks of a family, with their verifiers.
 
 python -m experiments.synthesize --config=configs/synthesize.py --workdir=DIR
 
 A run that was killed continues when it is started again. The workdir then has
-environments.jsonl, tasks and trajectories as .jsonl and .parquet (the columns
-are in dsv32_jax/agents/synthesis/general/export.py), rejections.jsonl,
-report.json and solution_lengths.png.
+tasks and trajectories as .jsonl and .parquet (docs/agent_data.md has the
+columns), rejections.jsonl and report.json; of general tasks, databases behind
+tools, also environments.jsonl and solution_lengths.png; of search tasks
+(:search) the corpus and all candidates.
 """
 
 import json
@@ -19,6 +20,9 @@ from dsv32_jax.agents.synthesis.general import campaign
 from dsv32_jax.agents.synthesis.general import export
 from dsv32_jax.agents.synthesis.general import pipeline
 from dsv32_jax.agents.synthesis.general import report
+from dsv32_jax.agents.synthesis.search import campaign as search_campaign
+from dsv32_jax.agents.synthesis.search import export as search_export
+from dsv32_jax.agents.synthesis.search import pipeline as search_pipeline
 from experiments import common
 
 common.define_common_flags()
@@ -52,16 +56,7 @@ def main(argv):
 def _general(config, workdir):
   """Makes databases with their tasks; returns numbers and a line of them."""
 
-  def progress(indices):
-    return tqdm.tqdm(
-      indices,
-      initial=indices.start,
-      total=indices.stop,
-      unit="environment",
-      disable=not sys.stderr.isatty(),
-    )
-
-  campaign.run(config, workdir, progress)
+  campaign.run(config, workdir, _bar("environment"))
   export.export(workdir, config.num_trajectories)
   found = report.report(workdir, config.baseline_attempts)
   report.histogram(workdir, workdir / "solution_lengths.png")
@@ -71,9 +66,37 @@ def _general(config, workdir):
   )
 
 
+def _search(config, workdir):
+  """Makes questions over Python's documentation, and helpful prompts."""
+  search_campaign.run(config, workdir, _bar("task"))
+  search_campaign.run_helpful(config, workdir, _bar("prompt"))
+  search_export.export(workdir)
+  found = search_export.report(workdir)
+  return found, (
+    f"{found['tasks']} tasks of {found['candidates']} candidates,"
+    f" {found['helpful_kept']} of {found['helpful_prompts']} helpful prompts"
+  )
+
+
+def _bar(unit):
+  """Returns a progress bar over indices of which some may be done."""
+
+  def progress(indices):
+    return tqdm.tqdm(
+      indices,
+      initial=indices.start,
+      total=indices.stop,
+      unit=unit,
+      disable=not sys.stderr.isatty(),
+    )
+
+  return progress
+
+
 # By config.family: the type of the config, and what makes the tasks.
 FAMILIES = {
   "general": (pipeline.SynthesisConfig, _general),
+  "search": (search_pipeline.SearchSynthesisConfig, _search),
 }
 
 if __name__ == "__main__":

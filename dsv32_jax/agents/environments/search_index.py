@@ -7,6 +7,7 @@ holds is words to look for, never FTS5 syntax; "words in quotes" are a phrase.
 
 from collections.abc import Iterable, Iterator
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -158,6 +159,8 @@ class LocalIndex:
     except sqlite3.Error as error:
       raise ValueError(f"{path} is no index of documents: {error}") from error
     self.identity = found[0]
+    # A query's pages are asked for one by one.
+    self._ranked = functools.lru_cache(maxsize=512)(self._rank)
 
   async def search(self, query: str, *, offset: int, count: int) -> list[Hit]:
     """See Source."""
@@ -170,19 +173,9 @@ class LocalIndex:
   def search_now(self, query: str, *, offset: int, count: int) -> list[Hit]:
     """As `search`, for whoever does not wait."""
     expression = match_expression(query)
-    ranked = self._connection.execute(
-      "SELECT rowid, document FROM chunks WHERE chunks MATCH ?"
-      f" ORDER BY bm25(chunks, {_TITLE_WEIGHT}, 1.0), rowid LIMIT ?",
-      (expression, _MAX_CHUNKS),
-    )
-    best: dict[int, int] = {}
-    for chunk, document in ranked:
-      if document not in best:
-        if len(best) == offset + count:
-          break
-        best[document] = chunk
+    best = self._ranked(expression)[offset : offset + count]
     hits = []
-    for document, chunk in list(best.items())[offset:]:
+    for document, chunk in best:
       name, title = self._connection.execute(
         "SELECT name, title FROM documents WHERE id = ?", (document,)
       ).fetchone()
@@ -193,6 +186,18 @@ class LocalIndex:
       ).fetchone()
       hits.append(Hit(name=name, title=title, snippet=snippet))
     return hits
+
+  def _rank(self, expression: str) -> list[tuple[int, int]]:
+    """Returns each document that matches with its best chunk, best first."""
+    ranked = self._connection.execute(
+      "SELECT rowid, document FROM chunks WHERE chunks MATCH ?"
+      f" ORDER BY bm25(chunks, {_TITLE_WEIGHT}, 1.0), rowid LIMIT ?",
+      (expression, _MAX_CHUNKS),
+    )
+    best: dict[int, int] = {}
+    for chunk, document in ranked:
+      best.setdefault(document, chunk)
+    return list(best.items())
 
   def open_now(self, name: str) -> Document:
     """As `open`, for whoever does not wait."""

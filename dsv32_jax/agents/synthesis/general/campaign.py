@@ -57,7 +57,7 @@ def run(
 
 
 def _run(config, workdir, progress):
-  _check_config(config, workdir)
+  check_config(config, workdir, _FREE, ENVIRONMENTS_FILE)
   path = workdir / ENVIRONMENTS_FILE
   drop_partial_line(path)
   drop_partial_line(workdir / SECONDS_FILE)
@@ -70,7 +70,8 @@ def _run(config, workdir, progress):
     seconds = stack.enter_context(
       (workdir / SECONDS_FILE).open("a", encoding="utf-8")
     )
-    made = stack.enter_context(_made(config, waiting))
+    make = functools.partial(pipeline.synthesize, config)
+    made = stack.enter_context(in_order(make, waiting, config.workers))
     for index in progress(waiting):
       record, timings = next(made)
       if record["fingerprint"] in known:
@@ -129,15 +130,22 @@ def drop_partial_line(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _made(config, indices):
-  """An iterator over (record, timings), in order."""
-  make = functools.partial(pipeline.synthesize, config)
-  if config.workers == 1:
+def in_order(
+  make: Callable[[int], Any], indices: Iterable[int], workers: int
+) -> Iterator[Iterator[Any]]:
+  """Gives an iterator over what is made of indices, in their order.
+
+  Args:
+    make: function of an index that other processes can import.
+    indices: of what is to be made.
+    workers: processes; 1 makes it here, each one when it is asked for.
+  """
+  if workers == 1:
     yield map(make, indices)
     return
   context = multiprocessing.get_context("spawn")
   with futures.ProcessPoolExecutor(
-    config.workers, context, initializer=_end_with_parent
+    workers, context, initializer=_end_with_parent
   ) as pool:
     try:
       yield pool.map(make, indices, chunksize=4)
@@ -156,13 +164,25 @@ def _end_with_parent():
   threading.Thread(target=watch, daemon=True).start()
 
 
-def _check_config(config, workdir):
-  """Writes the config, or compares it with what the folder was made by."""
+def check_config(
+  config: Any, workdir: pathlib.Path, free: Iterable[str], product: str
+) -> None:
+  """Writes the config, or compares it with what the folder was made by.
+
+  Args:
+    config: dataclass.
+    workdir: folder.
+    free: fields that may change between the runs of one synthesis.
+    product: file that is there only if a config was.
+
+  Raises:
+    ValueError: naming the field, if the folder is of another config.
+  """
   path = workdir / CONFIG_FILE
   wanted = {
     key: value
     for key, value in config_files.dump(config).items()
-    if key not in _FREE
+    if key not in free
   }
   if path.exists():
     made = _object(path.read_text(encoding="utf-8"), str(path))
@@ -172,8 +192,8 @@ def _check_config(config, workdir):
           f"{workdir} was made with {key}={made.get(key)!r}, not {value!r}"
         )
     return
-  if (workdir / ENVIRONMENTS_FILE).exists():
-    raise ValueError(f"{workdir} has environments and no {CONFIG_FILE}")
+  if (workdir / product).exists():
+    raise ValueError(f"{workdir} has {product} and no {CONFIG_FILE}")
   partial = path.with_suffix(".partial")
   partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
   os.replace(partial, path)
