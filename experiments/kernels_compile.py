@@ -113,6 +113,7 @@ def _tpu_kernel(kernel: schedule.Kernel) -> dict[str, Any]:
       "trips": loop.trips,
       "step": loop.step,
       "mxu_least": loop.least,
+      "dma": loop.copies,
       "shares": {k: round(v, 4) for k, v in loop.shares.items()},
     }
     for depth, loop in kernel.every_loop()

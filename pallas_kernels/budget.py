@@ -29,6 +29,9 @@ COUNTED = ("HGMMA", "QGMMA", "UTMALDG", "UTMASTG", "LDGSTS", "REDG")
 # Bundles or instructions of a loop that is worth a line.
 SMALLEST_LOOP = 16
 
+# What a row tells of each loop: its depth, the bundles of its code, how often
+# it runs, what its code's products take at least and the copies it starts.
+LOOP = ("depth", "bundles", "trips", "mxu_least", "dma")
 
 # By problem and kernel: bundles of a TPU's, or limits by name of a GPU's.
 Budget = dict[str, dict[str, int | dict]]
@@ -184,10 +187,12 @@ def _faults(kernel) -> list[str]:
 
 
 def rows(result: dict) -> list[dict]:
-  """Returns a flat row for the largest loop of each TPU kernel.
+  """Returns a row for the largest loop of each TPU kernel.
 
   `bundles` and `minimum_cycles` are of one trip: what it executes, and what
-  its matrix products alone would take; the slots are shares from 0 to 1.
+  its matrix products alone would take; the slots are shares from 0 to 1, `dma`
+  counts the copies that its code starts. `loops` are all loops of the kernel,
+  each a list of the values of `LOOP`.
   """
   found = []
   for kernel in result.get("kernels", ()):
@@ -213,6 +218,9 @@ def rows(result: dict) -> list[dict]:
         "load": shares["VLOAD"],
         "store": shares["VSTORE"],
         "spill": shares["VSTORE:SPILL"],
+        "dma": loop["dma"],
+        "temp_bytes": None if result["alone"] else result["temp_bytes"],
+        "loops": [[x[name] for name in LOOP] for x in kernel["loops"]],
       }
     )
   return found

@@ -30,6 +30,8 @@ _BUNDLE = re.compile(
 _BRANCH = re.compile(r"sbr\.rel \((!?)(%p\w+)\) target = \$region(\d+)")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _MATMUL = re.compile(r"\bvmatmul\.(?:mubr\.)?bf16\b")
+# The start of a copy; the waits for its end are dma.done.
+_COPY = re.compile(r"(?:\{|;;)\s+%\w+ = dma\.(?!done)")
 _KERNEL = re.compile(r"exit bundle: %(\S+) = ")
 
 
@@ -55,6 +57,7 @@ class Loop:
       inner loops fill, each bundle counted once.
     matmuls: bfloat16 products of a register of 16 rows by a loaded matrix, in
       the code, inner loops once.
+    copies: copies between memories that the code starts, inner loops once.
   """
 
   start: int
@@ -63,6 +66,7 @@ class Loop:
   inner: tuple["Loop", ...]
   shares: dict[str, float]
   matmuls: int
+  copies: int
 
   @property
   def bundles(self) -> int:
@@ -279,6 +283,7 @@ def _nest(spans, start, stop, capacity, rows, bundles) -> tuple[Loop, ...]:
   for first, last, trips in spans:
     if first < position or last > stop:
       continue
+    texts = [bundle.text for bundle in bundles[first:last]]
     inside = [s for s in spans if s[0] > first and s[1] <= last]
     loops.append(
       Loop(
@@ -287,9 +292,8 @@ def _nest(spans, start, stop, capacity, rows, bundles) -> tuple[Loop, ...]:
         trips=trips,
         inner=_nest(inside, first, last, capacity, rows, bundles),
         shares=_shares(capacity, rows[first:last]),
-        matmuls=sum(
-          len(_MATMUL.findall(bundle.text)) for bundle in bundles[first:last]
-        ),
+        matmuls=sum(len(_MATMUL.findall(text)) for text in texts),
+        copies=sum(len(_COPY.findall(text)) for text in texts),
       )
     )
     position = last

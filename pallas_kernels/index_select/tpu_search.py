@@ -30,8 +30,9 @@ from pallas_kernels import bitmask
 from pallas_kernels.index_select import order
 
 LANES = 128
-# Steps of the search of which two in three interpolate.
+# Steps of the search of which two in three interpolate, and the most there are.
 GUESSES = 16
+MOST_STEPS = 43
 # Keys of a block: 8 words, one a sublane.
 BLOCK = 8 * bitmask.BITS
 # Number of visible keys, least and greatest score when none was seen.
@@ -174,7 +175,7 @@ def _point(state, wanted_1L):
   spread. They aim a little past the wanted count, at the farther end's side, by
   half the square root of the keys up to the nearer end: so that both ends move
   in. The third step halves the bracket, and so do all after the first 16: at
-  most 43 steps (11 guesses and 32 halvings), whatever the scores.
+  most `MOST_STEPS` (11 guesses and 32 halvings), whatever the scores.
   """
   low_1L, high_1L = state.low_1L, state.high_1L
   # Half the width, which itself may take 32 bits.

@@ -31,7 +31,7 @@ from pallas_kernels.sparse_mla import tpu_segments as segments
 # Queries whose index keys are kept at a time.
 _QUERIES = 512
 # Most keys of a list where there are segments.
-_LIST_KEYS = 1024
+LIST_KEYS = 1024
 # Log-sum-exp of a head that does not count.
 _NONE = 1e30
 
@@ -214,7 +214,7 @@ def _cut(how, indices_TN):
   words = how.layout.words
   if how.count > 1:
     cut = segments.cut_lists(
-      indices_TN, how.count, how.size, words, _LIST_KEYS, how.is_sorted
+      indices_TN, how.count, how.size, words, LIST_KEYS, how.is_sorted
     )
     meta = cut.plan.meta.reshape(cut.plan.num_steps, -1)
     return cut, meta[:, 2:].reshape(-1)

@@ -39,7 +39,7 @@ LOG2_E = math.log2(math.e)
 LANES = tpu_tiles.LANES
 
 # Largest tiles, and heads of a step.
-_QUERIES, _KEYS, _HEADS = 256, 1024, 4
+QUERIES, KEYS, HEADS = 256, 1024, 4
 
 
 def forward(
@@ -49,7 +49,7 @@ def forward(
   queries, heads = query_BTHQ.shape[1:3]
   num_keys, key_heads = key_BSGQ.shape[1:3]
   sizes = tpu_tiles.choose_sizes(
-    query_BTHQ.shape, num_keys, _QUERIES, _KEYS, _HEADS
+    query_BTHQ.shape, num_keys, QUERIES, KEYS, HEADS
   )
   slots_BT = tpu_tiles.padded_slots(sizes, visible[0], num_keys)
   words_BTUJ = tpu_tiles.span_words(

@@ -38,7 +38,7 @@ from pallas_kernels.masked_attention import tpu_tiles
 LANES = tpu_tiles.LANES
 
 # Largest tiles, heads of a step, and bytes of a head's d_query in VMEM.
-_QUERIES, _KEYS, _HEADS = 256, 1024, 1
+QUERIES, KEYS, HEADS = 256, 1024, 1
 _D_QUERY_BYTES = 2**23
 
 
@@ -62,7 +62,7 @@ def backward(
   arrays_BT = (query_BTHQ, d_out_BTHV, lse_BTH, mean_BTH, *visible_BT)
   queries, width = query_BTHQ.shape[1], query_BTHQ.shape[3]
   row_bytes = 4 * LANES * -(-width // LANES)
-  most = max(1, _D_QUERY_BYTES // (row_bytes * _QUERIES)) * _QUERIES
+  most = max(1, _D_QUERY_BYTES // (row_bytes * QUERIES)) * QUERIES
   # What several blocks of heads or calls add up stays float32 until the end.
   summed = key_BSGQ.shape[2] == 1 or queries > most
   calls = []
@@ -103,7 +103,7 @@ def _call(arrays, statistics, visible, scale, dtypes, interpret):
   queries, heads, width = query_BTHQ.shape[1:]
   num_keys, key_heads, value_width = value_BSGV.shape[1:]
   sizes = tpu_tiles.choose_sizes(
-    query_BTHQ.shape, num_keys, _QUERIES, _KEYS, _HEADS
+    query_BTHQ.shape, num_keys, QUERIES, KEYS, HEADS
   )
   work, hiding, packed = _list_work(sizes, num_keys, visible, interpret)
   rows = sizes.batch * sizes.query_tiles * sizes.queries

@@ -41,7 +41,7 @@ _QUERIES = 1024
 # Most keys that are unpacked and multiplied at once.
 _CHUNK = 256
 # Most keys of a list of items.
-_LIST_KEYS = 1536
+LIST_KEYS = 1536
 
 
 def forward(
@@ -113,7 +113,7 @@ def _by_segments(interpret, scale, chip, is_sorted, query_arrays, key_arrays):
     def chunk(inputs):
       query_THC, query_THR, indices_TN = inputs
       cut = segments.cut_lists(
-        indices_TN, count, size, words, _LIST_KEYS, is_sorted
+        indices_TN, count, size, words, LIST_KEYS, is_sorted
       )
       arranged = rows.arrange_queries(query_THC[None], query_THR[None], 16)
       # A block costs time to find and to wait for, so an item has but one.

@@ -18,7 +18,7 @@ from pallas_kernels.sparse_mla import tpu_segments as segments
 # Queries whose parts by segment are kept at a time.
 _QUERIES = 512
 # Most keys of a list of items.
-_LIST_KEYS = 1024
+LIST_KEYS = 1024
 
 
 def backward(
@@ -108,7 +108,7 @@ def _by_segments(interpret, scale, chip, is_sorted, query_arrays, key_arrays):
     def chunk(d_table_GXL, inputs):
       *arrays, indices_TN = inputs
       cut = segments.cut_lists(
-        indices_TN, count, size, words, _LIST_KEYS, is_sorted
+        indices_TN, count, size, words, LIST_KEYS, is_sorted
       )
       arranged, lines = rows.arrange_gradients(*(a[None] for a in arrays))
       # A block costs time to find and to wait for, so an item has but one.

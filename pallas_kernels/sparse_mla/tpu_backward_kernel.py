@@ -67,8 +67,12 @@ def gradients(interpret, scale, chip, plan, num_keys, tables, arrays, lines):
   marker = words * num_keys + rows.FRONT
   return lax.cond(
     rows.repeats_meet(chip.additions, plan.offsets, plan.chunk(_CHUNK), marker),
-    lambda: run(functools.partial(rows.gather_loop, pairs), rows.add_serially),
-    lambda: run(gather, add),
+    lambda: run(
+      functools.partial(rows.gather_loop, pairs),
+      rows.add_serially,
+      name="sparse_mla_backward_serial",
+    ),
+    lambda: run(gather, add, name="sparse_mla_backward"),
   )
 
 
@@ -100,8 +104,10 @@ def _call(
   lines,
   gather_rows,
   add_rows,
+  *,
+  name,
 ):
-  """Runs the kernel with ways to gather and to add rows."""
+  """Runs the kernel, under a name, with ways to gather and to add rows."""
   heads, selected = lines.shape[-1], plan.offsets.shape[-1]
   words = _num_words(arrays)
   groups, width = 2 * words - 1, (2 * words - 1) * rows.LANES
@@ -154,7 +160,7 @@ def _call(
       disable_bounds_checks=True,
     ),
     interpret=interpret,
-    name="sparse_mla_backward",
+    name=name,
   )(
     plan.meta,
     gradient_BXL,

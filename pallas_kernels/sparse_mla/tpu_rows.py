@@ -65,7 +65,12 @@ class Chip:
 
 def this_chip():
   """Returns the `Chip` kernels are for, v5p or 7x if it is no TPU."""
-  kind = target.device_kind().lower()
+  return chip_of(target.device_kind())
+
+
+def chip_of(kind):
+  """Returns the `Chip` of a `jax.Device.device_kind`, as `this_chip` does."""
+  kind = kind.lower()
   # Vector memory is 128 MiB on v5e and v6e, and 64 MiB on v5p and 7x.
   if "lite" in kind:
     return Chip(

@@ -47,7 +47,7 @@ CASES = {
 def small_tiles(monkeypatch):
   # Several tiles of few keys: the interpreter unrolls what is in a tile.
   for module in (tpu, tpu_backward):
-    monkeypatch.setattr(module, "_KEYS", 256)
+    monkeypatch.setattr(module, "KEYS", 256)
 
 
 def draw(case, dtype=np.float32):
@@ -144,8 +144,8 @@ def test_bfloat16_at_the_real_widths():
 def test_many_small_tiles_and_calls(monkeypatch):
   # Several query tiles and key tiles, and gradients of keys from two calls.
   for module in (tpu, tpu_backward):
-    monkeypatch.setattr(module, "_QUERIES", 16)
-    monkeypatch.setattr(module, "_KEYS", 128)
+    monkeypatch.setattr(module, "QUERIES", 16)
+    monkeypatch.setattr(module, "KEYS", 128)
   monkeypatch.setattr(tpu_backward, "_D_QUERY_BYTES", 32 * 128 * 4)
   case = Case(queries=45, keys=300, heads=1, key_heads=1, segments=True)
   problem = draw(case)
@@ -156,7 +156,7 @@ def test_many_small_tiles_and_calls(monkeypatch):
 
 def test_tiles_that_no_query_needs_are_not_read(monkeypatch):
   for module in (tpu, tpu_backward):
-    monkeypatch.setattr(module, "_KEYS", 128)
+    monkeypatch.setattr(module, "KEYS", 128)
   case = Case(queries=5, keys=384, heads=1, key_heads=1)
   arrays, d_out, slots, _ = draw(case)
   seen = np.zeros((1, 5, 384), bool)

@@ -16,7 +16,7 @@ LB: loop body
 
      0   :  { %s1_s0 = smov 0 /* copy for cssa */  ;;  %3 = vsyncpa [#allocation3], 0 } /* Start region 5 */
    0x1 LB: > { %s9_s1 = sphi %s1_s0, %s8_s1 /* phi copy */ } /* Start region 10 :: Start region 11 */
-   0x2   : > { %s20_s2 = smov (!%p4_p1), 0  ;;  %4 = sbr.rel (%p3_p0) target = $region12 }
+   0x2   : > { %s20_s2 = smov (!%p4_p1), 0  ;;  %14 = dma.hbm_to_vmem %s3  ;;  %4 = sbr.rel (%p3_p0) target = $region12 }
    0x3   :  {}
    0x4   :  {}
    0x5   :  {}
@@ -31,7 +31,7 @@ window_bounds: (8, 16, 1) */ } /* End region 11 */
    0xc   :  {}
    0xd   : >> { %7 = vst [vmem:[%s2_s9]] %v1_v1 } /* End region 20 */
    0xe   :  {}
-   0xf   : > { %s8_s1 = sadd.s32 1, %s9_s1 }
+   0xf   : > { %s8_s1 = sadd.s32 1, %s9_s1 /* BoundsCheck 0 for %12 = dma.hbm_to_smem */  ;;  %13 = dma.done.wait [#allocation4], 16 }
   0x10   : > { %p8_p3 = scmp.ge.s32.totalorder %s8_s1, 6 /* loop exit test */ }
   0x11   : > { %8 = sbr.rel (!%p8_p3) target = $region10 }
   0x12   :  {}
@@ -78,6 +78,8 @@ def test_bundles_are_counted_once_and_as_executed():
   assert kernel.bundles == NUM_BUNDLES
   assert kernel.executed == 3 + 6 * outer.step
   assert kernel.tile == outer.step
+  # Neither waits nor the comment of a check are copies.
+  assert (outer.copies, inner.copies) == (2, 0)
   assert (inner.matmuls, outer.matmuls) == (1, 1)
   # One product in each of 4 trips.
   assert (inner.least, outer.least) == (4, 16)
