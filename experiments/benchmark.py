@@ -17,8 +17,6 @@ their table between two markers of that file and measures nothing. Needs the
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 from absl import flags
 import numpy as np
@@ -26,6 +24,7 @@ import tqdm
 
 from experiments import benchmark_table
 from experiments import common
+from experiments import row_process
 
 common.define_workdir_flag()
 _ONLY = flags.DEFINE_list("only", [], "Jobs to run; none: all of them.")
@@ -107,29 +106,11 @@ def in_process(row, workdir: pathlib.Path) -> dict:
 
 
 def run(row, workdir: pathlib.Path) -> dict:
-  """Measures one row in a process of its own."""
+  """Measures one row in a process of its own, if it can run here."""
   reason = skipped(row)
   if reason is not None:
     return row | {"skipped": reason}
-  command = [sys.executable, "-m", "experiments.benchmark"]
-  command += [f"--workdir={workdir}", f"--row={json.dumps(row)}"]
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "OMP_NUM_THREADS": str(row["threads"]),
-    "PYTHONWARNINGS": "ignore",
-  }
-  root = pathlib.Path(__file__).resolve().parents[1]
-  done = subprocess.run(
-    command,
-    check=False,
-    capture_output=True,
-    text=True,
-    cwd=root,
-    env=environment,
-  )
-  if done.returncode:
-    raise ValueError(f"{row=} failed: {done.stderr[-2000:]}")
-  return row | json.loads(done.stdout.splitlines()[-1])
+  return row_process.run("experiments.benchmark", row, workdir)
 
 
 def main(argv):

@@ -104,3 +104,36 @@ def _decode(model, token_ids, length):
       return model(tokens, past_key_values=cache, use_cache=True).logits
 
     return stopwatch.measure(run, runs=token_ids.shape[1] - length - 1)
+
+
+def measure_step(row, path) -> dict:
+  """Times a decoding step of a batch behind a cache of random numbers.
+
+  Args:
+    row: mapping with `variant`, `batch`, `length` and `threads`.
+    path: Hugging Face folder.
+  """
+  torch.set_num_threads(row["threads"])
+  attention, experts = row["variant"].split("/")
+  model = load(path, attention=attention, experts=experts)
+  config, batch, length = model.config, row["batch"], row["length"]
+  cache = transformers.DynamicCache(config=config)
+  generator = torch.Generator().manual_seed(0)
+
+  def random(*shape):
+    return torch.randn(shape, generator=generator)
+
+  for layer in range(config.num_hidden_layers):
+    cache.update(
+      random(batch, 1, length, config.kv_lora_rank),
+      random(batch, 1, length, config.qk_rope_head_dim),
+      layer,
+    )
+    cache.update_indexer(random(batch, length, config.index_head_dim), layer)
+  tokens = torch.zeros((batch, 1), dtype=torch.long)
+
+  def run():
+    with torch.no_grad():
+      return model(tokens, past_key_values=cache, use_cache=True).logits
+
+  return stopwatch.measure(run, runs=8)

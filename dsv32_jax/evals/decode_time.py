@@ -41,7 +41,7 @@ def time_per_token(
   for position in progress(positions):
     if position <= 2 * num_tokens:
       raise ValueError(f"{position=} must exceed 2 * {num_tokens=}")
-    cache = _full_cache(decoder, position, position - 2 * num_tokens)
+    cache = full_cache(decoder, position, position - 2 * num_tokens)
     token_BT = jnp.zeros((1, 1), jnp.int32)
     seconds = []
     for _ in range(2 * num_tokens):
@@ -53,8 +53,14 @@ def time_per_token(
   return medians
 
 
-def _full_cache(decoder, capacity: int, length: int):
-  """A cache of random content that says it holds `length` tokens."""
+def full_cache(decoder: sample.Decoder, capacity: int, length: int):
+  """A cache of random content that says it holds `length` tokens.
+
+  Args:
+    decoder: of the model.
+    capacity: slots.
+    length: of them that count as held.
+  """
   generator = np.random.default_rng(0)
   empty = decoder.empty_cache(1, capacity)
   filled = jax.tree.map(

@@ -190,6 +190,16 @@ class Programs:
       raise ValueError("the model's shape is not that of the engine's model")
     self._state = state
 
+  def fill(self, *, seed: int) -> None:
+    """Writes random numbers of unit size to every page, to time steps."""
+    generator = np.random.default_rng(seed)
+
+    def fresh(array):
+      values = generator.standard_normal(array.shape, np.float32)
+      return jax.device_put(values.astype(array.dtype), array.sharding)
+
+    self._pages = jax.tree.map(fresh, self._pages)
+
   def __call__(self, call: Call) -> Result:
     self._pages, result = self._run(self._state, self._pages, call)
     return result
