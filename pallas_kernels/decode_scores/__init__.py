@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import implementations
+from pallas_kernels.decode_scores import gpu
 from pallas_kernels.decode_scores import ref
 from pallas_kernels.decode_scores import tpu
 from pallas_kernels.decode_scores import xla
@@ -39,9 +40,10 @@ def decode_scores(
       the length are not used and may hold anything.
     lengths_B: int32 number of keys of each request, at most N*Z.
     implementation: "ref", the definition; "xla", plain XLA over chunks of
-      pages; "tpu", a TPU kernel that copies pages as it goes; "tpu_interpret",
-      that kernel interpreted on any device, with uninitialised memory poisoned
-      and races reported; or None for the default, "xla".
+      pages; "gpu", a Hopper kernel, float8_e4m3fn queries only; "tpu", a TPU
+      kernel that copies pages as it goes; "tpu_interpret", that kernel
+      interpreted on any device, with uninitialised memory poisoned and races
+      reported; or None for the default, "xla".
 
   Returns:
     float32 scores [B, N*Z]; -inf at and past the length.
@@ -53,6 +55,7 @@ def decode_scores(
   scores = {
     "ref": ref.scores,
     "xla": xla.scores,
+    "gpu": gpu.scores,
     "tpu": tpu.scores,
     "tpu_interpret": implementations.interpreted(tpu.scores),
   }

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import cases
+from pallas_kernels import problems
 from pallas_kernels.decode_scores import decode_scores
+from pallas_kernels.decode_scores import gpu
+from tests.support.mosaic_gpu import assert_close
+from tests.support.mosaic_gpu import interpreted
+from tests.support.mosaic_gpu import interpreter
 
 IMPLEMENTATIONS = ["ref", "xla", "tpu_interpret"]
 
@@ -101,10 +107,54 @@ def test_a_longer_table_changes_no_bit():
   np.testing.assert_array_equal(other_BS[:, : 3 * 32], got_BS)
 
 
+@interpreted
+@pytest.mark.parametrize(
+  "lengths,num_pages,page_size",
+  [
+    ((700, 0, 1, 256, 640), 11, 64),
+    ((31,), 1, 32),
+    pytest.param((129, 4000, 2048), 32, 128, marks=pytest.mark.slow),
+    pytest.param((300, 512), 2, 256, marks=pytest.mark.slow),
+  ],
+)
+def test_scores_of_hopper_are_exact(lengths, num_pages, page_size):
+  inputs = arrays(lengths, num_pages, page_size, 5)
+  want_BS = float64_scores(*inputs)
+  inputs[0] = jnp.asarray(inputs[0], jnp.float8_e4m3fn)
+  got_BS = gpu.scores(*map(jnp.asarray, inputs), interpret=interpreter())
+  np.testing.assert_array_equal(got_BS, want_BS)
+
+
+@interpreted
+@pytest.mark.parametrize("blocks", [1, gpu.BLOCKS])
+@pytest.mark.parametrize(
+  "case", [c for c in cases.CHECKS if c.operation == "decode_scores"], ids=str
+)
+def test_hopper_agrees_with_the_reference(case, blocks, monkeypatch):
+  # With a block for all tiles of a request, and with one for each.
+  monkeypatch.setattr(gpu, "BLOCKS", blocks)
+  arrays = problems.draw(case, "float8_e4m3fn")
+  got = gpu.scores(
+    *(arrays[name] for name in problems.PAGED), interpret=interpreter()
+  )
+  want = problems.call(case, "ref", arrays)["scores"]
+  assert_close(got, want, "float32")
+
+
 def test_wrong_arguments_are_named():
   inputs = arrays((20,), 1, 32, 2)
-  with pytest.raises(ValueError, match="implementation='gpu'"):
+  with pytest.raises(ValueError, match="implementation='cuda'"):
+    decode_scores(*inputs, implementation="cuda")
+  with pytest.raises(ValueError, match=r"query_BIK\.dtype"):
     decode_scores(*inputs, implementation="gpu")
+  for other in (
+    arrays((20,), 1, 48, 2),
+    arrays((20,), 1, 32, 65),
+    arrays((9,), 1, 32, 2, 129),
+  ):
+    other[0] = jnp.asarray(other[0], jnp.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"page_size=|at most"):
+      decode_scores(*other, implementation="gpu")
   with pytest.raises(ValueError, match=r"scale_PZ\.shape"):
     decode_scores(*inputs[:3], inputs[3][:, 1:], *inputs[4:])
   with pytest.raises(ValueError, match=r"page_PZK\.dtype"):

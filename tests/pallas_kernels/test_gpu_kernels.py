@@ -1,12 +1,7 @@
-"""Values of the kernels for Hopper, in an interpreter: no GPU runs here.
-
-The interpreter needs a newer JAX than the oldest that the project takes.
-"""
+"""Values of the kernels for Hopper, in an interpreter: no GPU runs here."""
 
 import functools
 
-import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,18 +20,12 @@ from pallas_kernels.sparse_mla import gpu as sparse_gpu
 from pallas_kernels.sparse_mla import gpu_backward as sparse_backward
 from pallas_kernels.sparse_mla import gpu_gather
 from pallas_kernels.sparse_mla import ref as sparse_ref
-from tests.support import tolerances
+from tests.support.mosaic_gpu import assert_close
+from tests.support.mosaic_gpu import interpreted
+from tests.support.mosaic_gpu import interpreter
 
-interpreted = pytest.mark.skipif(
-  not hasattr(plgpu, "InterpretGPUParams"),
-  reason=f"jax {jax.__version__} has no interpreter for these kernels",
-)
 # Long enough to leave to `make test-all`.
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-
-
-def interpreter():
-  return plgpu.InterpretGPUParams(detect_races=True)
 
 
 def normal(seed, *shape, dtype=jnp.bfloat16):
@@ -47,19 +36,6 @@ def normal(seed, *shape, dtype=jnp.bfloat16):
 def integers(seed, low, high, *shape):
   values = np.random.default_rng(seed).integers(low, high, size=shape)
   return jnp.asarray(values, jnp.int32)
-
-
-def assert_close(actual, expected, dtype="bfloat16"):
-  """Compares at the scale of the largest expected value, infinities exactly.
-
-  By default in bfloat16, to which the kernels round weights and products.
-  """
-  actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
-  finite = np.isfinite(expected)
-  np.testing.assert_array_equal(actual[~finite], expected[~finite])
-  actual, expected = actual[finite], expected[finite]
-  scale = max(1.0, np.abs(expected).max(initial=0.0))
-  tolerances.assert_close(actual / scale, expected / scale, dtype)
 
 
 def index_inputs(dtype, batch, queries, heads, width, keys):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import gpu_compile
+from pallas_kernels.decode_scores import gpu as decode_gpu
 from pallas_kernels.index_select import gpu as index_gpu
 from pallas_kernels.index_select import gpu_search
 from pallas_kernels.masked_attention import gpu as masked_gpu
@@ -71,6 +72,18 @@ def index_program(dtype):
     jax.ShapeDtypeStruct((4096, 128), dtype),
     jax.ShapeDtypeStruct((64, 64), jnp.float32),
     jax.ShapeDtypeStruct((64,), jnp.int32),
+  ]
+
+
+def decode_program(page_size):
+  pages = 4096 // page_size
+  return decode_gpu.scores, [
+    jax.ShapeDtypeStruct((2, 64, 128), jnp.float8_e4m3fn),
+    jax.ShapeDtypeStruct((2, 64), jnp.float32),
+    jax.ShapeDtypeStruct((2 * pages, page_size, 128), jnp.float8_e4m3fn),
+    jax.ShapeDtypeStruct((2 * pages, page_size), jnp.float32),
+    jax.ShapeDtypeStruct((2, pages), jnp.int32),
+    jax.ShapeDtypeStruct((2,), jnp.int32),
   ]
 
 
@@ -136,6 +149,9 @@ def masked_program(width, value_width):
   [
     (index_program(jnp.bfloat16), [{"HGMMA": 16, "UTMALDG": 5}], 112),
     (index_program(jnp.float8_e4m3fn), [{"QGMMA": 8, "UTMALDG": 5}], 112),
+    (decode_program(32), [{"QGMMA": 4}], 112),
+    (decode_program(64), [{"QGMMA": 4}], 112),
+    (decode_program(256), [{"QGMMA": 4}], 112),
     (search_program(32768), [{"HGMMA": None}], 128),
     (sparse_program(), [{"HGMMA": 44, "LDGSTS": 36, "UTMALDG": 3}], 232),
     (
@@ -151,6 +167,9 @@ def masked_program(width, value_width):
   ids=[
     "scores-bf16",
     "scores-fp8",
+    "decode-32",
+    "decode-64",
+    "decode-256",
     "search",
     "sparse",
     "sparse-backward",
