@@ -55,6 +55,11 @@ MAY_IMPORT = {
   "dsv32_jax.recipe": ("dsv32_jax.training", "dsv32_jax.evals"),
 }
 WITHOUT_JAX = ("dsv32_jax.agents", "dsv32_jax.verifiers")
+# Reading with these may run what the file says.
+RUN_WHAT_THEY_READ = {
+  *("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"),
+  *("jinja2", "torch"),
+}
 KERNEL_LIBRARIES = {"jax", "numpy"}
 # Runs on any machine with an accelerator and jax.
 KERNEL_PROGRAM = ROOT / "experiments" / "kernels.py"
@@ -158,6 +163,15 @@ def test_third_party_imports(path):
         package in KERNEL_LIBRARIES | {"pallas_kernels"}
         or package in sys.stdlib_module_names
       ), where
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=ids)
+def test_nothing_runs_what_it_reads(path):
+  for line, target in imports_of(path):
+    assert target.split(".")[0] not in RUN_WHAT_THEY_READ, f"{path}:{line}"
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+      assert ast.unparse(node.value) == "False", f"{path}:{node.value.lineno}"
 
 
 @pytest.mark.skipif(

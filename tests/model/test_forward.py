@@ -64,9 +64,10 @@ def test_sparse_differs_from_dense(model, tokens, sparse_logits):
   close(dense[:, :6], sparse_logits[:, :6])
 
 
-def test_sparse_equals_dense_when_everything_is_selected(model, tokens):
+@pytest.mark.parametrize("top_k", [37, 1000])
+def test_sparse_equals_dense_when_everything_is_selected(model, tokens, top_k):
   dense = model(tokens, options=options(selection.DENSE)).logits
-  sparse = model(tokens, options=options(selection.TopK(37))).logits
+  sparse = model(tokens, options=options(selection.TopK(top_k))).logits
   close(sparse, dense)
 
 
