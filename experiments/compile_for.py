@@ -18,6 +18,7 @@ from collections.abc import Callable
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import resource
 import sys
 import types
@@ -45,6 +46,9 @@ _TOPOLOGY = flags.DEFINE_string(
   "Generation and shape, as v5p:8x8x16, or cpu:DEVICES, or h200:DEVICES.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "File for the report, JSON.")
+_PROGRAM = flags.DEFINE_string(
+  "program", None, "File for the compiled program's text."
+)
 
 # What a JAX device of each generation offers, as its compiler reports it. A
 # 7x chip is two devices.
@@ -109,9 +113,10 @@ def main(argv):
   del argv
   if _TOPOLOGY.value is None:
     raise ValueError("--topology is missing")
-  if _OUTPUT.value is not None:
-    # Minutes of compiling are not to end in a file that cannot be written.
-    common.require_writable("output", _OUTPUT.value)
+  # Minutes of compiling are not to end in a file that cannot be written.
+  for flag in (_OUTPUT, _PROGRAM):
+    if flag.value is not None:
+      common.require_writable(flag.name, flag.value)
   generation, _, shape = _TOPOLOGY.value.partition(":")
   if generation in _GPU_BYTES:
     _finish(_count_for_gpus(generation, shape))
@@ -138,7 +143,7 @@ def main(argv):
   print(f"compiling for {len(devices)} devices of {_TOPOLOGY.value}")
   try:
     with target.compiling_for(devices[0]):
-      found, _ = kind.ahead.compile_step(config, devices)
+      found, compiled = kind.ahead.compile_step(config, devices)
   except report_lib.DoesNotFit as error:
     report |= kind.ahead.counts(config) | {
       "temporary_bytes_per_device": error.needed_bytes,
@@ -147,6 +152,8 @@ def main(argv):
     }
   else:
     report |= dataclasses.asdict(found)
+    if _PROGRAM.value is not None:
+      pathlib.Path(_PROGRAM.value).write_text(compiled.as_text())
     if generation != "cpu":
       name = generation.removeprefix("tpu")
       report |= estimate.estimate(found, name)._asdict()

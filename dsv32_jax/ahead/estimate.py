@@ -13,8 +13,8 @@ from pallas_kernels import roofline
 # which a device is half a chip); v5e as 1600 Gbps.
 LINK_BYTES = {"v5e": 200e9, "v5p": 600e9, "v6e": 400e9, "7x": 300e9}
 ASSUMES = (
-  "every product in bfloat16 at the peak of the matrix units; every byte of a"
-  " collective's result over all links at once, none of it hidden behind"
+  "every product in bfloat16 at the peak of the matrix units; every byte"
+  " that a device receives over all links at once, none of it hidden behind"
   " products; arguments read once, at the memory's peak, while products run;"
   " one turn of each loop that turns as often as the data need; no"
   " time for anything else"

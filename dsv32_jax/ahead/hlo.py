@@ -4,6 +4,9 @@ A compiler's own count visits the body of a loop once. Here a loop counts as
 often as it runs: as the compiler noted it, else the constant that its condition
 compares with. A loop that runs as often as the data need (the rounds of the
 expert exchange) counts once and is reported.
+
+A TPU's compiler writes a reduce-scatter as an all-reduce and a slice in one
+fusion; it counts as what it is.
 """
 
 import collections
@@ -29,6 +32,8 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+\d+)(?:e\d\w*)?\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r" [su](?:32|64)\[\]\S* constant\((\d+)\)")
 _SOURCE = re.compile(r'op_name="([^"]*)"')
+# How the computation of such a fusion is named.
+_SCATTER = "all-reduce-scatter"
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(
   r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%?[\w.\-]+)"
@@ -36,10 +41,13 @@ _BRANCHES = re.compile(
 
 
 class Traffic(NamedTuple):
-  """What one device's collectives leave in its memory, loops multiplied out.
+  """What one device receives by collectives, loops multiplied out.
 
   Attributes:
-    bytes: of results, by kind of collective.
+    bytes: by kind of collective, as along a ring: of an all-reduce among n
+      devices 2 (n-1)/n of the array, of a reduce-scatter, a gather or an
+      exchange (n-1)/n of the whole. A ragged exchange counts with the buffers
+      that it may fill.
     instructions: in the program's text, by kind.
     open_loops: loops around a collective whose number of turns the program does
       not tell; each is counted as one turn.
@@ -66,11 +74,12 @@ class _Computation(NamedTuple):
   is_entry: bool
 
 
-def traffic(text: str) -> Traffic:
+def traffic(text: str, devices: int) -> Traffic:
   """Counts the collectives of a compiled program.
 
   Args:
     text: of the optimised program, `compiled.as_text()`.
+    devices: that it runs on.
 
   Raises:
     ValueError: if the text has no entry computation.
@@ -86,22 +95,26 @@ def traffic(text: str) -> Traffic:
     """Bytes by collective of one run of a computation."""
     if name not in found:
       found[name] = collections.Counter()
+      scatters = name.startswith(_SCATTER)
       for line in computations[name].lines:
-        found[name] += one(line)
+        found[name] += one(line, scatters)
     return found[name]
 
-  def one(line) -> collections.Counter:
+  def one(line, scatters) -> collections.Counter:
     instruction = _INSTRUCTION.match(line)
     if instruction is None:
       return collections.Counter()
     name, shape, operation = instruction.groups()
     kind = operation.removesuffix("-start")
     if kind in COLLECTIVES:
-      source = _SOURCE.search(line)
-      what = _Collective(
-        kind, " ".join(_results(shape)), source[1] if source else ""
-      )
-      return collections.Counter({what: _result_bytes(shape, operation)})
+      if scatters and kind == "all-reduce":
+        kind = "reduce-scatter of"
+      what = _Collective(kind, " ".join(_results(shape)), _source(line))
+      # A permutation lists pairs instead.
+      pairs = kind == "collective-permute"
+      size = devices if pairs else group_size(line, devices)
+      received = _received(kind, _result_bytes(shape, operation), size)
+      return collections.Counter({what: received})
     if operation == "while":
       body = re.search(r"body=%?([\w.\-]+)", line)[1]
       turns = _turns(line, computations)
@@ -115,16 +128,19 @@ def traffic(text: str) -> Traffic:
     # A reduction's computation holds none.
     called = collections.Counter()
     for callee in _CALLED.findall(line):
-      called += total(callee)
+      for what, size in total(callee).items():
+        # What the compiler fused is often named by the fusion alone.
+        named = what._replace(source=what.source or _source(line))
+        called[named] += size
     return called
 
   moved = total(entries[0])
-  by_kind = collections.Counter()
+  by_kind, instructions = collections.Counter(), count(text)
   for what, size in moved.items():
-    by_kind[what.kind] += size
+    by_kind[what.kind.removesuffix(" of")] += size
   return Traffic(
     dict(sorted(by_kind.items())),
-    count(text),
+    instructions,
     len(open_loops),
     [(" ".join(what), size) for what, size in moved.most_common(_LISTED)],
   )
@@ -132,11 +148,30 @@ def traffic(text: str) -> Traffic:
 
 def count(text: str) -> dict[str, int]:
   """Counts the collectives in a program's text, by kind."""
-  found = {
-    kind: len(re.findall(rf" {kind}(?:-start)?\(", text))
-    for kind in COLLECTIVES
-  }
-  return {kind: number for kind, number in found.items() if number}
+  found = collections.Counter()
+  for name, computation in dict(_computations(text)).items():
+    for line in computation.lines:
+      instruction = _INSTRUCTION.match(line)
+      kind = instruction and instruction[3].removesuffix("-start")
+      if kind == "all-reduce" and name.startswith(_SCATTER):
+        kind = "reduce-scatter"
+      if kind in COLLECTIVES:
+        found[kind] += 1
+  return dict(sorted(found.items()))
+
+
+def _received(kind: str, result: int, size: int) -> int:
+  """Bytes that a device of a group of `size` receives, along a ring."""
+  if size == 1:
+    return 0
+  match kind:
+    case "all-reduce":
+      return 2 * result * (size - 1) // size
+    case "reduce-scatter":
+      return result * (size - 1)
+    case "collective-permute":
+      return result
+  return result * (size - 1) // size
 
 
 def group_size(instruction: str, devices: int) -> int:
@@ -206,6 +241,11 @@ def _branches(line: str) -> list[str]:
   for several, one in _BRANCHES.findall(line):
     names += [name.strip().lstrip("%") for name in (several or one).split(",")]
   return names
+
+
+def _source(line: str) -> str:
+  named = _SOURCE.search(line)
+  return named[1] if named else ""
 
 
 def _results(shape: str) -> list[str]:

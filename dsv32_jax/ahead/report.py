@@ -33,8 +33,8 @@ class Report:
       recomputation and padding included; see `jaxpr_flops`.
     sorts: sort instructions in the compiled program.
     collectives: instructions by kind, in the program's text.
-    collective_bytes_per_device: what they leave in a device's memory in a step,
-      by kind, loops multiplied out.
+    collective_bytes_per_device: what a device receives by them in a step, by
+      kind, loops multiplied out; see `hlo.Traffic`.
     largest_collectives: (kind, result and operation; bytes), the most first.
     open_loops: loops around a collective that turn as often as the data need,
       counted once: the rounds of the expert exchange.
@@ -97,7 +97,7 @@ def compile_program(
     raise _explained(error) from error
   seconds = time.perf_counter() - started
   memory, text = compiled.memory_analysis(), compiled.as_text()
-  traffic = hlo.traffic(text)
+  traffic = hlo.traffic(text, devices)
   return Report(
     devices=devices,
     argument_bytes_per_device=memory.argument_size_in_bytes,

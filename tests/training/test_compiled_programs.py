@@ -39,9 +39,13 @@ def test_a_loop_counts_as_often_as_it_turns(mesh):
   x = jnp.ones((8, 3))
   specs = dict(in_specs=P(), out_specs=P(("a", "b")), check_vma=False)
   text = compiled(seven, mesh, x, **specs).as_text()
-  found = hlo.traffic(text)
+  found = hlo.traffic(text, 8)
   rows = 8 * 3 * 4
-  assert found.bytes == {"all-gather": 4 * rows, "all-reduce": 7 * 2 * rows}
+  # Seven sums among two devices (1 of 2 arrays, twice) and among four.
+  assert found.bytes == {
+    "all-gather": 4 * rows * 3 // 4,
+    "all-reduce": 7 * (rows + rows * 3 // 2),
+  }
   assert found.open_loops == 0
   what, size = found.largest[0]
   assert size == max(size for _, size in found.largest)
@@ -57,11 +61,13 @@ def test_a_loop_of_unknown_length_counts_once(mesh):
 
   specs = dict(in_specs=P(), out_specs=P(), check_vma=False)
   text = compiled(until_large, mesh, jnp.ones((4,)), **specs).as_text()
-  found = hlo.traffic(text)
-  assert found.bytes == {"all-reduce": 16}
+  found = hlo.traffic(text, 8)
+  assert found.bytes == {"all-reduce": 24}
   assert found.open_loops == 1
 
 
+# Lines as the compiler writes them.
+# ruff: noqa: E501
 PROGRAM = """HloModule step
 
 %cond (p: (s32[], bf16[4,8])) -> pred[] {
@@ -71,13 +77,19 @@ PROGRAM = """HloModule step
   ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 
+%all-reduce-scatter.1 (q: bf16[8,8]) -> bf16[2,8] {
+  %r = bf16[8,8] all-reduce(%q), replica_groups={}, to_apply=%sum
+  ROOT %d = bf16[2,8] dynamic-slice(%r, %i, %z), dynamic_slice_sizes={2,8}
+}
+
 %inner (q: bf16[4,8]) -> bf16[8,8] {
-  ROOT %g = bf16[8,8]{1,0:T(8,128)(2,1)} all-gather(%q), dimensions={0}
+  ROOT %g = bf16[8,8]{1,0:T(8,128)(2,1)} all-gather(%q), replica_groups={}, dimensions={0}
 }
 
 %body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %s = (bf16[4,8], bf16[4,8], u32[], u32[]) collective-permute-start(%x)
   %c = bf16[8,8] call(%y), to_apply=%inner
+  %f = bf16[2,8] fusion(%c), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="of/the/fusion"}
   ROOT %t = (s32[], bf16[4,8]) tuple(%i, %z)
 }
 
@@ -99,15 +111,18 @@ ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
 
 
 def test_constants_calls_and_branches_are_followed():
-  found = hlo.traffic(PROGRAM)
+  found = hlo.traffic(PROGRAM, 4)
   assert found.bytes == {
-    "all-gather": 5 * 128,
-    "all-to-all": 19,
+    "all-gather": 5 * 96,
+    "all-to-all": 19 * 3 // 4,
     "collective-permute": 5 * 64,
+    "reduce-scatter": 5 * 96,
   }
   assert found.instructions["all-reduce"] == 1
+  assert found.instructions["reduce-scatter"] == 1
+  assert ("reduce-scatter of bf16[8,8] of/the/fusion", 480) in found.largest
   with pytest.raises(ValueError, match="0 entries"):
-    hlo.traffic("HloModule empty")
+    hlo.traffic("HloModule empty", 4)
 
 
 @pytest.mark.parametrize(
