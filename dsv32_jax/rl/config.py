@@ -71,3 +71,14 @@ class LearnerConfig:
   def kl_weight(self, domain: str) -> float:
     """The weight of a domain's KL."""
     return dict(self.domain_kl_weights).get(domain, self.grpo.kl_weight)
+
+  @property
+  def uses_reference(self) -> bool:
+    """Whether any domain has a KL."""
+    weights = [weight for _, weight in self.domain_kl_weights]
+    return any(weight > 0 for weight in [self.grpo.kl_weight, *weights])
+
+  @property
+  def replays_routing(self) -> bool:
+    """Whether the sampler has to record its routing."""
+    return self.keep_routing or self.reference_replays_routing

@@ -115,8 +115,8 @@ def grpo_loss(
 
   Returns:
     The loss and metrics, means as above: `surrogate`, `kl`, `ratio`,
-    `clipped` (share of tokens whose clipped ratio counts), `log_old_over_new`
-    and `dropped_sequences`.
+    `ratio_deviation` (squared, from 1), `clipped` (share of tokens whose
+    clipped ratio counts), `log_old_over_new` and `dropped_sequences`.
 
   Raises:
     ValueError: if the shapes do not fit.
@@ -164,6 +164,7 @@ def grpo_loss(
     "surrogate": mean(surrogate_B),
     "kl": mean(kl_B),
     "ratio": mean(token_mean(ratio_BT)),
+    "ratio_deviation": mean(token_mean(jnp.square(ratio_BT - 1.0))),
     "clipped": mean(token_mean(clipped_BT)),
     "log_old_over_new": mean(distance_B),
     "dropped_sequences": mean(~kept_B),

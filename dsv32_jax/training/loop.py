@@ -43,7 +43,7 @@ def train(
   run = run_lib.Run(config, workdir)
   try:
     start = run.resume()
-    _write_config(config, workdir)
+    claim_folder(config, workdir, _MAY_CHANGE)
     speaks = jax.process_index() == 0
     writer = metrics_lib.SilentWriter()
     if speaks:
@@ -149,10 +149,15 @@ def _check(run, step: int, metrics, rows, workdir) -> None:
   )
 
 
-def _write_config(config, workdir: str) -> None:
+def claim_folder(config, workdir: str, may_change) -> None:
   """Writes config.json, or checks that the run there was the same.
 
   Process 0 does, and all of them learn what it found.
+
+  Args:
+    config: dataclass of the run.
+    workdir: its folder.
+    may_change: fields that a run may be continued with another value of.
 
   Raises:
     ValueError: naming a field that another run of this folder set otherwise.
@@ -160,7 +165,7 @@ def _write_config(config, workdir: str) -> None:
   path = os.path.join(workdir, "config.json")
   now, problem = config_files.dump(config), None
   if jax.process_index() == 0:
-    problem = _changed_field(path, now)
+    problem = _changed_field(path, now, may_change)
     if problem is None:
       with open(f"{path}.new", "w", encoding="utf-8") as file:
         json.dump(now, file, indent=2, sort_keys=True)
@@ -174,14 +179,14 @@ def _write_config(config, workdir: str) -> None:
     )
 
 
-def _changed_field(path: str, now: dict) -> str | None:
+def _changed_field(path: str, now: dict, may_change) -> str | None:
   """Names a field that differs from the file's and may not; else None."""
   if not os.path.exists(path):
     return None
   with open(path, encoding="utf-8") as file:
     before = json.load(file)
   changed = (name for name in now if before.get(name) != now[name])
-  return next((name for name in changed if name not in _MAY_CHANGE), None)
+  return next((name for name in changed if name not in may_change), None)
 
 
 # What a run may be continued with: it changes no number of the result.

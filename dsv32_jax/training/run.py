@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 import jax
@@ -27,6 +27,7 @@ from dsv32_jax.training import step as step_lib
 
 TOKENIZER_FILE = "tokenizer.json"
 
+Remat = Literal["none", "layer", "save_attention"]
 # What a layer keeps for its backward pass, by name.
 REMAT = {
   "none": None,
@@ -78,7 +79,7 @@ class TrainConfig:
     default_factory=lambda: sharding.MeshConfig(data=-1)
   )
   microbatches: int = 1
-  remat: Literal["none", "layer", "save_attention"] = "none"
+  remat: Remat = "none"
   parameter_dtype: Literal["float32", "bfloat16"] = "float32"
   compute_dtype: Literal["float32", "bfloat16"] = "float32"
   seed: int = 0
@@ -162,7 +163,10 @@ class Run:
       newest = self.checkpointer.latest_step()
       if newest is None:
         self.graph, self.state = placement.first_state(
-          self._model(), config.stage, self._optimizer, self.mesh
+          first_model(config, self.mesh),
+          config.stage,
+          self._optimizer,
+          self.mesh,
         )
         start = 0
       else:
@@ -213,11 +217,7 @@ class Run:
     """
     self.checkpointer.save(
       step,
-      {
-        "model": nnx.state(self.model()),
-        "optimizer": self.state.optimizer,
-        "counters": {"step": self.state.step},
-      },
+      saved_trees(self.graph, self.state),
       model_checkpoint.model_notes(self.model())
       | {"config": config_files.dump(self.config)},
       self.batches.get_state().decode(),
@@ -230,50 +230,65 @@ class Run:
     self.checkpointer.close()
 
   def _restore(self) -> int:
-    model = nnx.state(self.model())
-    found = self.checkpointer.restore(
-      {
-        "model": model,
-        "optimizer": self.state.optimizer,
-        "counters": {"step": self.state.step},
-      }
-    )
-    merged = self.model()
-    nnx.update(merged, found.trees["model"])
-    _, trained, frozen, bias, rest = stages.partition(
-      merged, self.config.stage.trains
-    )
-    self.state = step_lib.TrainState(
-      trained,
-      frozen,
-      bias,
-      rest,
-      found.trees["optimizer"],
-      found.trees["counters"]["step"],
+    found = self.checkpointer.restore(saved_trees(self.graph, self.state))
+    self.state = restored_state(
+      self.graph, self.state, found.trees, self.config.stage
     )
     self.batches.set_state(found.process_notes.encode())
     return found.step
 
-  def _model(self):
-    """The model a stage begins with: a checkpoint's, or a fresh one."""
-    config = self.config
-    if config.init_from is not None:
-      model = model_checkpoint.load_model(
-        config.init_from,
-        dtype=jnp.dtype(config.parameter_dtype),
-        compute_dtype=jnp.dtype(config.compute_dtype),
-        mesh=self.mesh,
-      )
-      _check_same(config.model, model.config, config.init_from)
-      return model
 
-    return fresh.fresh_model(
-      config.model,
-      seed=config.seed,
-      dtype=jnp.dtype(config.parameter_dtype),
-      compute_dtype=jnp.dtype(config.compute_dtype),
-      mesh=self.mesh,
+def first_model(config, mesh) -> transformer.Transformer:
+  """The model a run begins with: a checkpoint's, or a fresh one.
+
+  Args:
+    config: with the fields model, init_from, seed and the types.
+    mesh: to lay it on.
+
+  Raises:
+    ValueError: if the checkpoint's model has another shape.
+  """
+  dtype = jnp.dtype(config.parameter_dtype)
+  compute_dtype = jnp.dtype(config.compute_dtype)
+  if config.init_from is not None:
+    model = model_checkpoint.load_model(
+      config.init_from, dtype=dtype, compute_dtype=compute_dtype, mesh=mesh
     )
+    _check_same(config.model, model.config, config.init_from)
+    return model
+  return fresh.fresh_model(
+    config.model,
+    seed=config.seed,
+    dtype=dtype,
+    compute_dtype=compute_dtype,
+    mesh=mesh,
+  )
+
+
+def saved_trees(graph, state: step_lib.TrainState) -> dict[str, Any]:
+  """What of a state goes into a checkpoint: model, optimiser, counters."""
+  return {
+    "model": nnx.state(step_lib.merge_model(graph, state)),
+    "optimizer": state.optimizer,
+    "counters": {"step": state.step},
+  }
+
+
+def restored_state(graph, state, trees, stage) -> step_lib.TrainState:
+  """Puts what `saved_trees` named back together.
+
+  Args:
+    graph: structure of the model.
+    state: TrainState of arrays or shapes.
+    trees: as restored.
+    stage: StageConfig.
+  """
+  merged = step_lib.merge_model(graph, state)
+  nnx.update(merged, trees["model"])
+  _, trained, frozen, bias, rest = stages.partition(merged, stage.trains)
+  return step_lib.TrainState(
+    trained, frozen, bias, rest, trees["optimizer"], trees["counters"]["step"]
+  )
 
 
 def abstract_state(config: TrainConfig, mesh):

@@ -132,7 +132,7 @@ class _Worker:
     except EOFError:
       self.kill()
       raise RuntimeError(
-        f"a worker for {function.__qualname__} died as it started"
+        f"a worker for {function!r} died as it started"
       ) from None
 
   def send(self, item, timeout):

@@ -1,0 +1,116 @@
+"""GRPO on generated problems that a verifier checks.
+
+python -m experiments.train_rl --config=configs/rl.py:tiny --workdir=DIR \
+  --config.init_from=START/checkpoints \
+  --config.tokenizer.path=START/tokenizer.json
+
+Variants: tiny, tiny_async (sampling and learning side by side), small. Without
+init_from they start from fresh weights, which solve nothing. The stabilisers
+are switches:
+--config.learner.grpo.unbiased_kl=False
+--config.learner.grpo.off_policy_threshold=None
+--config.learner.keep_routing=False
+--config.learner.keep_sampling_mask=False
+"""
+
+import dataclasses
+
+from dsv32_jax.generation import programs
+from dsv32_jax.model import config as config_lib
+from dsv32_jax.model import presets
+from dsv32_jax.rl import config as learner_config
+from dsv32_jax.rl import grpo
+from dsv32_jax.rl import run_config
+from dsv32_jax.training import checkpoint
+from dsv32_jax.training import optimizer
+from dsv32_jax.training import schedule
+from dsv32_jax.verifiers.tasks import mixture
+from experiments import common
+
+
+def tiny_model() -> config_lib.ModelConfig:
+  """A quarter of a million parameters: seconds a rollout on two CPU cores."""
+  return dataclasses.replace(
+    presets.tiny(),
+    vocab_size=384,
+    width=96,
+    num_layers=3,
+    ffn_width=256,
+    expert_width=64,
+    query_latent_width=64,
+    latent_width=32,
+    nope_width=16,
+    rope_width=16,
+    value_width=24,
+    index_heads=4,
+    index_width=16,
+    index_top_k=32,
+    max_length=256,
+    num_mtp_layers=0,
+    initializer_scale=0.04,
+  )
+
+
+def rl_config(
+  model: config_lib.ModelConfig, *, row_length: int, max_tokens: int, **changes
+) -> run_config.RlConfig:
+  """GRPO as we run it small: the paper publishes none of these numbers."""
+  defaults = dict(
+    tasks=(mixture.TaskConfig(kind="sorting", size=4, largest=20),),
+    learner=learner_config.LearnerConfig(
+      grpo=grpo.GrpoConfig(
+        clip_low=0.2, clip_high=0.28, kl_weight=0.0, off_policy_threshold=0.1
+      ),
+      stage=learner_config.INDEXER_FROZEN,
+      drop_equal_groups=True,
+    ),
+    optimizer=optimizer.OptimizerConfig(
+      schedule=schedule.ScheduleConfig(peak=5e-4, warmup_steps=5),
+      weight_decay=0.0,
+    ),
+    sampler=run_config.SamplerConfig(
+      engine=programs.EngineConfig(
+        max_batch=128,
+        page_size=16,
+        num_pages=128 * -(-(row_length + 1) // 16),
+        prefill_chunk=32,
+        max_length=row_length + 1,
+      ),
+      max_tokens=max_tokens,
+    ),
+    rollouts=200,
+    prompts=16,
+    group_size=8,
+    row_lengths=(row_length,),
+    evaluation=run_config.EvaluationConfig(every=20, problems=256),
+    checkpoint=checkpoint.CheckpointConfig(every_steps=20),
+  )
+  return run_config.RlConfig(model=model, **(defaults | changes))
+
+
+def get_config(variant: str = "tiny"):
+  def tiny(**changes):
+    return rl_config(tiny_model(), row_length=79, max_tokens=24, **changes)
+
+  def small():
+    return rl_config(
+      presets.small(),
+      row_length=511,
+      max_tokens=256,
+      tasks=tuple(
+        mixture.TaskConfig(kind=kind, size=size)
+        for kind, size in (
+          ("arithmetic", 3),
+          ("sorting", 5),
+          ("brackets", 10),
+          ("knights", 3),
+        )
+      ),
+    )
+
+  variants = {
+    "tiny": tiny,
+    "tiny_async": lambda: tiny(max_staleness=1),
+    "small": small,
+  }
+  return common.config_variant(variants, variant)

@@ -1,0 +1,250 @@
+"""The sampling half of a run: prompts out, scored groups back.
+
+What a rollout holds follows from the weights, the seed and its number alone:
+problems and draws have seeds of their own, and the engine gives a request the
+same tokens whoever shares the batch with it.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import itertools
+import time
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv32_jax.data import tokenizer as tokenizer_lib
+from dsv32_jax.generation import engine as engine_lib
+from dsv32_jax.generation import requests
+from dsv32_jax.model import transformer
+from dsv32_jax.rl import replay
+from dsv32_jax.rl import rollout as rollout_lib
+from dsv32_jax.rl import run_config
+from dsv32_jax.verifiers import reward as reward_lib
+from dsv32_jax.verifiers import tasks
+
+# Seeds of what is drawn for training, and for evaluation.
+_TRAIN, _HELD_OUT = 0, 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollout:
+  """Groups of answers, scored.
+
+  Attributes:
+    number: from 0; its prompts have the numbers from number * prompts on.
+    version: of the policy that drew it: rollouts it had learned from.
+    groups: trajectories of each prompt.
+    rewards: likewise.
+    truncated: share of answers that were cut off.
+    seconds: by phase.
+    held_out: pass@1 of that policy by domain, where it was measured.
+  """
+
+  number: int
+  version: int
+  groups: Sequence[Sequence[replay.Trajectory]]
+  rewards: Sequence[Sequence[reward_lib.Reward]]
+  truncated: float
+  seconds: dict[str, float]
+  held_out: dict[str, float] | None = None
+
+
+def prompt_ids(
+  question: str, tokenizer: tokenizer_lib.Tokenizer, *, thinking: bool
+) -> list[int]:
+  """A user's question up to where the answer begins, as the chat format."""
+  return tokenizer.encode_parts(
+    [
+      tokenizer.bos_id,
+      tokenizer.special_id("user"),
+      question,
+      tokenizer.special_id("assistant"),
+      tokenizer.special_id("think_start" if thinking else "think_end"),
+    ]
+  )
+
+
+def handed_over(
+  model: transformer.Transformer, weights: str = "same"
+) -> transformer.Transformer:
+  """Copies a model in memory: a learner's step gives its arrays up.
+
+  Args:
+    model: of the learner.
+    weights: as of SamplerConfig; parameters are rounded to that type.
+  """
+  graph, state = nnx.split(model)
+
+  def copy(x):
+    if weights == "same" or x.ndim < 2:
+      return jnp.copy(x)
+    return x.astype(jnp.dtype(weights)).astype(x.dtype)
+
+  return nnx.merge(graph, jax.tree.map(copy, state))
+
+
+class Sampler:
+  """Draws rollouts with its own copy of the policy."""
+
+  def __init__(
+    self,
+    config: run_config.RlConfig,
+    model: transformer.Transformer,
+    tokenizer: tokenizer_lib.Tokenizer,
+    rewarder: reward_lib.Rewarder,
+  ):
+    """Builds the engine; `load` gives it the policy.
+
+    Args:
+      config: of the run.
+      model: of the policy's shape.
+      tokenizer: of the policy.
+      rewarder: scores answers.
+    """
+    self._config = config
+    self._tokenizer = tokenizer
+    self._rewarder = rewarder
+    self._engine = engine_lib.Engine(
+      model, config.sampler.engine, eos_id=tokenizer.eos_id
+    )
+    self._problems = tasks.Mixture(
+      config.tasks, split="train", seed=config.seed
+    )
+    self._version = -1
+
+  def load(self, model: transformer.Transformer, version: int) -> None:
+    """Takes the policy of a version; `model` may change afterwards."""
+    self._engine.load(handed_over(model, self._config.sampler.weights))
+    self._version = version
+
+  def rollout(self, number: int) -> Rollout:
+    """Draws and scores the groups of a number."""
+    config = self._config
+    evaluation, held_out = config.evaluation, None
+    if evaluation is not None and number % evaluation.every == 0:
+      held_out = self.pass_at_1()
+    first = number * config.prompts
+    problems = [
+      self._problems.problem(first + place) for place in range(config.prompts)
+    ]
+    seeds = [
+      _seed(config.seed, _TRAIN, first + place, answer)
+      for place in range(config.prompts)
+      for answer in range(config.group_size)
+    ]
+    repeated = [one for one in problems for _ in range(config.group_size)]
+    start = time.perf_counter()
+    completions = self._answers(repeated, seeds)
+    drawn = time.perf_counter()
+    rewards = self._score(repeated, completions)
+    scored = time.perf_counter()
+    trajectories = [
+      rollout_lib.from_completion(completion, domain=problem.task)
+      for problem, completion in zip(repeated, completions)
+    ]
+    cut = [one.finish_reason == "length" for one in completions]
+    return Rollout(
+      number=number,
+      version=self._version,
+      groups=_grouped(trajectories, config.group_size),
+      rewards=_grouped(rewards, config.group_size),
+      truncated=float(np.mean(cut)),
+      seconds={"sampling": drawn - start, "scoring": scored - drawn},
+      held_out=held_out,
+    )
+
+  def pass_at_1(self) -> dict[str, float]:
+    """Share of held-out problems solved, whole and by domain.
+
+    Every task gives as many different problems; each is answered once. The
+    verifier alone counts, not what else is rewarded.
+    """
+    config = self._config
+    problems = held_out_problems(config)
+    seeds = [
+      _seed(config.evaluation.seed, _HELD_OUT, place, 0)
+      for place in range(len(problems))
+    ]
+    completions = self._answers(problems, seeds, record=False)
+    rewards = self._score(problems, completions)
+    found = {"pass_at_1": float(np.mean([r.outcome for r in rewards]))}
+    for kind in sorted({one.task for one in problems}):
+      mine = [r.outcome for p, r in zip(problems, rewards) if p.task == kind]
+      found[f"pass_at_1_{kind}"] = float(np.mean(mine))
+    found["answer_tokens"] = float(
+      np.mean([len(one.token_ids) for one in completions])
+    )
+    return found
+
+  def _answers(self, problems, seeds, *, record=True):
+    """One completion a problem."""
+    learner = self._config.learner
+    asked = [
+      requests.Request(
+        prompt_ids=prompt_ids(
+          problem.question,
+          self._tokenizer,
+          thinking=self._config.reward.thinking,
+        ),
+        sampling=self._config.sampler.parameters(
+          temperature=learner.temperature, seed=seed
+        ),
+        want_routing=record and learner.replays_routing,
+        want_selection=record and learner.replay_selection,
+      )
+      for problem, seed in zip(problems, seeds)
+    ]
+    completions = self._engine.generate(asked)
+    if learner.keep_sampling_mask:
+      return completions
+    return [
+      dataclasses.replace(one, kept=(None,) * len(one.token_ids))
+      for one in completions
+    ]
+
+  def _score(self, problems, completions):
+    return self._rewarder.score(
+      [
+        reward_lib.Answer(
+          problem=problem,
+          response=self._text(completion.token_ids),
+          num_tokens=len(completion.token_ids),
+        )
+        for problem, completion in zip(problems, completions)
+      ]
+    )
+
+  def _text(self, token_ids):
+    """Text without eos and without ids that pad the model's vocabulary."""
+    limit, eos = self._tokenizer.vocab_size, self._tokenizer.eos_id
+    return self._tokenizer.decode(
+      [token for token in token_ids if token < limit and token != eos]
+    )
+
+
+def held_out_problems(config: run_config.RlConfig) -> list[tasks.Problem]:
+  """The problems of an evaluation: of each task its share, all different."""
+  share = -(-config.evaluation.problems // len(config.tasks))
+  return [
+    problem
+    for task in config.tasks
+    for problem in itertools.islice(
+      tasks.generate(
+        task.make(), split="held_out", seed=config.evaluation.seed
+      ),
+      share,
+    )
+  ]
+
+
+def _grouped(items, size: int):
+  return [items[place : place + size] for place in range(0, len(items), size)]
+
+
+def _seed(*numbers: int) -> int:
+  """A seed of 63 bits that follows from the numbers."""
+  (word,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+  return int(word >> np.uint64(1))

@@ -1,0 +1,100 @@
+"""An endless numbered stream of problems, mixed by weight.
+
+A problem follows from the seed and its number alone. Who works through the
+stream need only remember a number to go on without losing or repeating one.
+Two numbers may hold the same problem, as two epochs would.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+import random
+from typing import Literal
+
+from dsv32_jax.verifiers.tasks import arithmetic
+from dsv32_jax.verifiers.tasks import brackets
+from dsv32_jax.verifiers.tasks import knights
+from dsv32_jax.verifiers.tasks import problem as problem_lib
+from dsv32_jax.verifiers.tasks import sorting
+
+_MAKE = {
+  "arithmetic": lambda size, largest: arithmetic.Arithmetic(
+    terms=size, largest=largest
+  ),
+  "sorting": lambda size, largest: sorting.Sorting(
+    length=size, largest=largest
+  ),
+  "brackets": lambda size, largest: brackets.Brackets(length=size),
+  "knights": lambda size, largest: knights.Knights(people=size),
+}
+# Draws in a row outside the split at which a task counts as without one.
+_PATIENCE = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+  """One task of a mixture; its name is the domain of its problems.
+
+  Attributes:
+    kind: of the task.
+    size: terms, numbers, brackets or people in a problem.
+    largest: number that occurs; of no meaning to brackets and knights.
+    weight: share of the problems, relative to the other tasks.
+  """
+
+  kind: Literal["arithmetic", "sorting", "brackets", "knights"]
+  size: int
+  largest: int = 20
+  weight: float = 1.0
+
+  def __post_init__(self):
+    if not 0 < self.weight < math.inf:
+      raise ValueError(f"weight={self.weight} of {self.kind} must be positive")
+    self.make()
+
+  def make(self) -> problem_lib.Task:
+    """The generator.
+
+    Raises:
+      ValueError: if it cannot have this size.
+    """
+    return _MAKE[self.kind](self.size, self.largest)
+
+
+class Mixture:
+  """Problems of one split by their numbers."""
+
+  def __init__(
+    self,
+    configs: Sequence[TaskConfig],
+    *,
+    split: Literal["train", "held_out"],
+    seed: int,
+  ):
+    """Makes the generators.
+
+    Raises:
+      ValueError: if there is no task, or the split is unknown.
+    """
+    if not configs:
+      raise ValueError("tasks is empty")
+    if split not in ("train", "held_out"):
+      raise ValueError(f"{split=} must be train or held_out")
+    self._tasks = [config.make() for config in configs]
+    self._weights = [config.weight for config in configs]
+    self._held_out = split == "held_out"
+    self._seed = seed
+
+  def problem(self, number: int) -> problem_lib.Problem:
+    """The problem of a number, the same whenever it is asked for.
+
+    Raises:
+      ValueError: if the task drawn has no problem of this split.
+    """
+    generator = random.Random(f"{self._seed}/{number}")
+    (task,) = generator.choices(self._tasks, self._weights)
+    for _ in range(_PATIENCE):
+      problem = task.draw(generator)
+      if problem_lib.is_held_out(problem) == self._held_out:
+        return problem
+    raise ValueError(f"{task} has no problem with held_out={self._held_out}")

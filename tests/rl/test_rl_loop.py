@@ -1,0 +1,77 @@
+"""Runs of GRPO that stop and go on, taking turns and side by side."""
+
+import os
+import pathlib
+import signal
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from dsv32_jax import sharding
+from dsv32_jax.rl import loop
+from dsv32_jax.rl import policy as policy_lib
+from dsv32_jax.training import metrics
+from dsv32_jax.training import run
+from tests.support import rl_runs
+from tests.support import scorers
+from tests.support import stage_steps
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Runs see one of the eight devices."""
+  make_mesh = sharding.make_mesh
+  monkeypatch.setattr(
+    sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1])
+  )
+
+
+def train(config, folder):
+  return loop.train(config, str(folder), scorer=scorers.by_text)
+
+
+def stop_after(monkeypatch, calls):
+  """The process is asked to stop while it learns from a rollout."""
+  learn, seen = policy_lib.Policy.learn, []
+
+  def counted(self, rollout):
+    seen.append(rollout.number)
+    if len(seen) == calls:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return learn(self, rollout)
+
+  monkeypatch.setattr(policy_lib.Policy, "learn", counted)
+  return seen
+
+
+def rows(folder, name="train"):
+  found = metrics.read_rows(pathlib.Path(folder) / "metrics.jsonl")
+  return [row for row in found if row["name"] == name]
+
+
+@pytest.mark.slow
+def test_a_run_that_stopped_goes_on_bitwise(tmp_path, monkeypatch):
+  whole = train(rl_runs.config(), tmp_path / "whole")
+  seen = stop_after(monkeypatch, 3)
+  with pytest.raises(run.Stopped, match="rollout 3 of 5"):
+    train(rl_runs.config(), tmp_path / "parts")
+  again = train(rl_runs.config(), tmp_path / "parts")
+  assert seen == [0, 1, 2, 3, 4]
+  one, other = (
+    (tmp_path / name / "metrics.jsonl").read_bytes()
+    for name in ("whole", "parts")
+  )
+  assert one == other
+  want, got = (
+    stage_steps.flat(nnx.state(policy.model())) for policy in (whole, again)
+  )
+  for path, value in want.items():
+    np.testing.assert_array_equal(got[path], value, err_msg=str(path))
+  found = rows(tmp_path / "whole")
+  assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
+  assert any(row["steps"] == 2 and row["gradient_norm"] > 0 for row in found)
+  held_out = rows(tmp_path / "whole", "held_out")
+  assert [row["version"] for row in held_out] == [0, 2, 4, 5]
+  assert {"pass_at_1_sorting", "pass_at_1_arithmetic"} <= held_out[0].keys()
