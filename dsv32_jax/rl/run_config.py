@@ -157,6 +157,11 @@ class RlConfig:
       raise ValueError(f"max_staleness={self.max_staleness} is negative")
     if not self.row_lengths or min(self.row_lengths) < 1:
       raise ValueError(f"row_lengths={self.row_lengths} must be positive")
+    if self.checkpoint.keep_best:
+      raise ValueError(
+        f"checkpoint.keep_best={self.checkpoint.keep_best} must be 0: no loss"
+        " on held-out text is measured here"
+      )
     self._check_hand_over()
     self._check_sizes()
 
