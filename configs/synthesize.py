@@ -6,8 +6,11 @@ The default is the paper's scale, 1,827 environments and 4,417 tasks. A few:
 --config=configs/synthesize.py:small
 
 Search tasks over Python's own documentation: :search, a few: :search_small
+
+Code tasks out of the history of this repository, or another's: :code
 """
 
+from dsv32_jax.agents.synthesis.code import pipeline as code
 from dsv32_jax.agents.synthesis.general import pipeline
 from dsv32_jax.agents.synthesis.search import pipeline as search
 from experiments import common
@@ -21,6 +24,9 @@ def get_config(variant: str = "paper"):
     ),
   }
   variants |= {
+    "code": lambda: code.CodeSynthesisConfig(
+      environment={"JAX_PLATFORMS": "cpu"}
+    ),
     "search": search.SearchSynthesisConfig,
     "search_small": lambda: search.SearchSynthesisConfig(
       num_tasks=12,
@@ -29,7 +35,7 @@ def get_config(variant: str = "paper"):
     ),
   }
   # The family of a variant, where it is not "general".
-  families = {"search": "search", "search_small": "search"}
+  families = {"code": "code", "search": "search", "search_small": "search"}
   config = common.config_variant(variants, variant)
   config.family = families.get(variant, "general")
   return config

@@ -6,7 +6,7 @@ A run that was killed continues when it is started again. The workdir then has
 tasks and trajectories as .jsonl and .parquet (docs/agent_data.md has the
 columns), rejections.jsonl and report.json; of general tasks, databases behind
 tools, also environments.jsonl and solution_lengths.png; of search tasks
-(:search) the corpus and all candidates.
+(:search) the corpus and all candidates; of code tasks (:code) all candidates.
 """
 
 import json
@@ -16,6 +16,9 @@ from absl import flags
 import tqdm
 
 from dsv32_jax import config_files
+from dsv32_jax.agents import endpoint
+from dsv32_jax.agents.synthesis.code import filters as code_filters
+from dsv32_jax.agents.synthesis.code import pipeline as code_pipeline
 from dsv32_jax.agents.synthesis.general import campaign
 from dsv32_jax.agents.synthesis.general import export
 from dsv32_jax.agents.synthesis.general import pipeline
@@ -45,7 +48,7 @@ def main(argv):
   with metrics.MetricsWriter(workdir) as writer:
     scalars = {k: v for k, v in found.items() if isinstance(v, int)}
     writer.write(0, scalars, "synthesis")
-    for name, share in found["baselines"].items():
+    for name, share in found.get("baselines", {}).items():
       writer.write(0, {"solved": share}, f"baseline_{name}")
   path = workdir / "report.json"
   path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -93,8 +96,31 @@ def _bar(unit):
   return progress
 
 
+def _code(config, workdir):
+  """Makes tasks of a repository's history, or of a file of instances."""
+
+  def progress(items):
+    return tqdm.tqdm(items, unit="candidate", disable=not sys.stderr.isatty())
+
+  judge = None
+  if config.judge_url:
+    # Of the agents' extra, and needed for this alone.
+    import openai
+
+    judge = code_filters.judged_by(
+      lambda: endpoint.EndpointPolicy(
+        openai.AsyncOpenAI(base_url=config.judge_url), config.judge_model
+      )
+    )
+  code_pipeline.run(config, workdir, progress, judge)
+  code_pipeline.export(workdir)
+  found = code_pipeline.report(workdir)
+  return found, f"{found['tasks']} tasks of {found['candidates']} candidates"
+
+
 # By config.family: the type of the config, and what makes the tasks.
 FAMILIES = {
+  "code": (code_pipeline.CodeSynthesisConfig, _code),
   "general": (pipeline.SynthesisConfig, _general),
   "search": (search_pipeline.SearchSynthesisConfig, _search),
 }

@@ -1,0 +1,1 @@
+"""Code tasks from issues and patches: mined, filtered, built, validated."""
