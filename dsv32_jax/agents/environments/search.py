@@ -85,6 +85,9 @@ SCHEMAS = (
   ),
 )
 
+# Checking the schemas takes longer than an episode's calls.
+_CHECKER = tools.CallChecker(SCHEMAS)
+
 
 class SearchEnvironment:
   """One question over one source; see protocol.Environment."""
@@ -116,7 +119,6 @@ class SearchEnvironment:
       raise ValueError(f"task {task['id']} has neither an answer nor a scorer")
     self.task = task
     self._source, self._limits, self._scorer = source, limits, scorer
-    self._checker = tools.CallChecker(SCHEMAS)
     self._functions = {
       "search": self._search,
       "open": self._open,
@@ -136,7 +138,7 @@ class SearchEnvironment:
     state["steps"] += 1
     try:
       text = json.dumps(dict(call.arguments))
-      arguments = self._checker.arguments(call.name, text)
+      arguments = _CHECKER.arguments(call.name, text)
       observation = await self._functions[call.name](**arguments)
     except tools.ToolError as error:
       observation = tools.observation_of_error(error)
@@ -209,6 +211,11 @@ class SearchEnvironment:
     if self._state is None:
       raise RuntimeError("no episode runs: call reset first")
     return self._state
+
+
+def descriptions() -> list[dict[str, Any]]:
+  """Returns the tools as a system message has them."""
+  return _CHECKER.descriptions()
 
 
 def prompt(task: Mapping[str, Any]) -> str:

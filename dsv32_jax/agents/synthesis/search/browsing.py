@@ -9,7 +9,6 @@ import json
 import re
 from typing import Any
 
-from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.environments import search
 from dsv32_jax.agents.environments import search_index
@@ -104,7 +103,7 @@ class Browser:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": observation},
       ]
-    shown = tools.CallChecker(search.SCHEMAS).descriptions()
+    shown = search.descriptions()
     return [
       {"role": "system", "content": "", "tools": shown},
       {"role": "user", "content": search.prompt(task)},

@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 
 from dsv32_jax.agents import tables
-from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import search
 from dsv32_jax.agents.environments import search_index
 from dsv32_jax.agents.synthesis.general import campaign as folders
@@ -52,7 +51,7 @@ def export(workdir: pathlib.Path) -> None:
 def task_rows(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
   """Yields the rows of tasks.parquet: questions, then helpful prompts."""
   source = search_index.LocalIndex(workdir / campaign.CORPUS_FILE)
-  shown = json.dumps(tools.CallChecker(search.SCHEMAS).descriptions())
+  shown = json.dumps(search.descriptions())
   for row in itertools.chain(_kept(workdir), _kept_helpful(workdir)):
     yield {
       "id": row["id"],
