@@ -40,10 +40,11 @@ def decode_scores(
       the length are not used and may hold anything.
     lengths_B: int32 number of keys of each request, at most N*Z.
     implementation: "ref", the definition; "xla", plain XLA over chunks of
-      pages; "gpu", a Hopper kernel, float8_e4m3fn queries only; "tpu", a TPU
-      kernel that copies pages as it goes; "tpu_interpret", that kernel
-      interpreted on any device, with uninitialised memory poisoned and races
-      reported; or None for the default, "xla".
+      pages; "gpu", a Hopper kernel for queries and keys that are both
+      float8_e4m3fn or bfloat16; "tpu", a TPU kernel that copies pages as it
+      goes; "tpu_interpret", that kernel interpreted on any device, with
+      uninitialised memory poisoned and races reported; or None for the default,
+      "xla".
 
   Returns:
     float32 scores [B, N*Z]; -inf at and past the length.

@@ -1,4 +1,4 @@
-"""Index scores over a paged cache of 8-bit keys on Hopper tensor cores.
+"""Index scores over a paged cache of keys on Hopper tensor cores.
 
 Grid (request, split): a request's keys are split over blocks, so that few
 requests fill the device too. A block walks over its tiles of 256 keys up to the
@@ -7,10 +7,12 @@ Pipeline: five warpgroups. One reads the page table and fetches the pages of a
 tile, keys and scales, by TMA into a ring. Each of the others multiplies 64 keys
 of the tile with the query's heads, as keys x heads, so that ReLU, weights and
 the sum over heads need no other warp, and writes 64 scores straight to memory.
-Both sides of the product are float8; the tensor cores add up its 128 terms with
-fewer bits than float32 has, all else is float32.
-Memory of a block, in shared memory: the query 8 KB, and four tiles of keys and
-scales of 33 KB; in global memory inputs and outputs alone.
+Both sides of the product are float8 or both bfloat16. Of float8 the tensor
+cores add up the 128 terms with fewer bits than float32 has; all else is
+float32.
+Memory of a block, in shared memory: in float8 the query 8 KB, and four tiles of
+keys and scales of 33 KB; in bfloat16 16 KB, and three tiles of 65 KB. In global
+memory inputs and outputs alone.
 """
 # B requests, N pages of a request, P pages of the cache, Z keys of a page,
 # S keys of a request (N*Z, then whole tiles), I index heads, K index width,
@@ -30,13 +32,13 @@ from pallas_kernels import gpu_tiles
 HEADS, WIDTH = 64, 128
 # Keys of a page that this takes; keys of a tile, and of a warpgroup's part.
 PAGES = (32, 64, 128, 256)
-TILE, PART, STAGES = 256, gpu_tiles.ROWS, 4
+TILE, PART = 256, gpu_tiles.ROWS
 FETCHER = TILE // PART
 REGISTERS = gpu_tiles.register_shares(*[112] * FETCHER, 32)
 # Blocks that keep a device busy, and most tiles of a block.
 BLOCKS, MAX_STEPS = 264, 16
-_FP8 = jnp.float8_e4m3fn
-_SWIZZLED = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(128))
+# Tiles of the ring, by type.
+STAGES = {"float8_e4m3fn": 4, "bfloat16": 3}
 
 
 def scores(
@@ -54,22 +56,42 @@ def scores(
   Keys narrower than 128 are filled up, which copies the cache.
 
   Raises:
-    ValueError: a query that is not float8_e4m3fn, more than 64 heads, a width
-      of more than 128, or a page size that is not 32, 64, 128 or 256.
+    ValueError: query and keys that are not both float8_e4m3fn or both bfloat16,
+      more than 64 heads, a width of more than 128, or a page size that is not
+      32, 64, 128 or 256.
   """
   batch, num_pages = table_BN.shape
   page_size, width = page_PZK.shape[1:]
   heads = query_BIK.shape[1]
-  if query_BIK.dtype != _FP8:
-    raise ValueError(f"{query_BIK.dtype=} must be float8_e4m3fn")
+  dtype = page_PZK.dtype
+  if dtype != query_BIK.dtype or dtype.name not in STAGES:
+    raise ValueError(
+      f"{query_BIK.dtype=} and {dtype=} of the keys must be one of {[*STAGES]}"
+    )
   if heads > HEADS or width > WIDTH:
     raise ValueError(f"{query_BIK.shape=}: at most {HEADS=}, {WIDTH=}")
   if page_size not in PAGES:
     raise ValueError(f"{page_PZK.shape=}: {page_size=} is not one of {PAGES}")
-  keys = num_pages * page_size
+  keys, scaled = num_pages * page_size, scale_PZ is not None
   tiles = -(-keys // TILE)
   steps = max(1, min(MAX_STEPS, batch * tiles // BLOCKS))
-  narrow = WIDTH - width
+  narrow, stages = WIDTH - width, STAGES[dtype.name]
+  swizzled = (
+    plgpu.TilingTransform((8, 128 // dtype.itemsize)),
+    plgpu.SwizzleTransform(128),
+  )
+  scratch = dict(
+    query=plgpu.SMEM((HEADS, WIDTH), dtype, transforms=swizzled),
+    ring=plgpu.SMEM((stages, TILE, WIDTH), dtype, transforms=swizzled),
+    query_here=plgpu.Barrier(),
+    full=plgpu.Barrier(
+      num_arrivals=(2 if scaled else 1) * TILE // page_size,
+      num_barriers=stages,
+    ),
+    empty=plgpu.Barrier(num_arrivals=FETCHER, num_barriers=stages),
+  )
+  if scaled:
+    scratch["scales"] = plgpu.SMEM((stages, TILE), jnp.float32)
   kernel = plgpu.kernel(
     functools.partial(_kernel, steps),
     out_type=jax.ShapeDtypeStruct((batch, tiles * TILE), jnp.float32),
@@ -77,16 +99,7 @@ def scores(
     grid_names=("request", "split"),
     num_threads=FETCHER + 1,
     thread_name="part",
-    scratch_types=dict(
-      query=plgpu.SMEM((HEADS, WIDTH), _FP8, transforms=_SWIZZLED),
-      ring=plgpu.SMEM((STAGES, TILE, WIDTH), _FP8, transforms=_SWIZZLED),
-      scales=plgpu.SMEM((STAGES, TILE), jnp.float32),
-      query_here=plgpu.Barrier(),
-      full=plgpu.Barrier(
-        num_arrivals=2 * TILE // page_size, num_barriers=STAGES
-      ),
-      empty=plgpu.Barrier(num_arrivals=FETCHER, num_barriers=STAGES),
-    ),
+    scratch_types=scratch,
     # Safe, and no waits in a tile: no thread reads what a thread writes.
     compiler_params=gpu_tiles.parameters().replace(
       unsafe_no_auto_barriers=True
@@ -98,9 +111,9 @@ def scores(
     jnp.pad(query_BIK, [(0, 0), (0, HEADS - heads), (0, narrow)]),
     jnp.pad(weight_BI.astype(jnp.float32), [(0, 0), (0, HEADS - heads)]),
     jnp.pad(page_PZK, [(0, 0), (0, 0), (0, narrow)]),
-    scale_PZ.astype(jnp.float32),
     jnp.pad(table_BN, [(0, 0), (0, tiles * TILE // page_size - num_pages)]),
     lengths_B,
+    *([scale_PZ.astype(jnp.float32)] if scaled else []),
   )
   return score_BS[:, :keys]
 
@@ -110,19 +123,19 @@ def _kernel(
   query_BIK,
   weight_BI,
   page_PZK,
-  scale_PZ,
   table_BN,
   lengths_B,
-  score_BS,
-  *,
+  *refs,
   query,
   ring,
-  scales,
   query_here,
   full,
   empty,
+  scales=None,
 ):
   """Scores one request's tiles of one split."""
+  *scale, score_BS = refs
+  stages = ring.shape[0]
   request, part = lax.axis_index("request"), lax.axis_index("part")
   first = lax.axis_index("split") * steps
   stop = jnp.minimum(first + steps, score_BS.shape[1] // TILE)
@@ -138,17 +151,17 @@ def _kernel(
 
     @pl.loop(0, used - first)
     def _(i):
-      stage = lax.rem(i, STAGES)
-      pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(empty.at[stage]))
+      stage = lax.rem(i, stages)
+      pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
       for j in range(pages):
         page = table_BN[request, (first + i) * pages + j]
         rows = pl.ds(j * page_size, page_size)
-        for source, target in ((page_PZK, ring), (scale_PZ, scales)):
+        for source, target in zip((page_PZK, *scale), (ring, scales)):
           plgpu.copy_gmem_to_smem(
             source.at[page], target.at[stage, rows], full.at[stage]
           )
 
-    gpu_tiles.await_last(used - first, STAGES, empty)
+    gpu_tiles.await_last(used - first, stages, empty)
 
   @pl.when(part < FETCHER)
   def _():
@@ -161,13 +174,13 @@ def _kernel(
 
     @pl.loop(0, used - first)
     def _(i):
-      stage, rows = lax.rem(i, STAGES), pl.ds(part * PART, PART)
+      stage, rows = lax.rem(i, stages), pl.ds(part * PART, PART)
       plgpu.barrier_wait(full.at[stage])
       dot_CI = gpu_tiles.products([(ring.at[stage, rows], query)])
-      scale_C = gpu_tiles.load_rows(scales.at[stage, rows])
+      factor_C = gpu_tiles.load_rows(scales.at[stage, rows]) if scale else 1.0
       plgpu.barrier_arrive(empty.at[stage])
       term_CI = jnp.maximum(dot_CI, 0.0) * gpu_tiles.along_rows(weight_I)
-      score_C = jnp.sum(term_CI, axis=1) * scale_C
+      score_C = jnp.sum(term_CI, axis=1) * factor_C
       index_C = plgpu.broadcasted_iota(
         jnp.int32, (PART,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
       )

@@ -126,6 +126,17 @@ def test_scores_of_hopper_are_exact(lengths, num_pages, page_size):
 
 
 @interpreted
+def test_hopper_takes_keys_of_16_bits_without_scales():
+  inputs = arrays((300, 20), 5, 64, 3)
+  inputs[3] = np.ones_like(inputs[3])
+  want_BS = float64_scores(*inputs)
+  query, page = (jnp.asarray(x, jnp.bfloat16) for x in (inputs[0], inputs[2]))
+  inputs = [query, inputs[1], page, None, *map(jnp.asarray, inputs[4:])]
+  got_BS = gpu.scores(*inputs, interpret=interpreter())
+  np.testing.assert_array_equal(got_BS, want_BS)
+
+
+@interpreted
 @pytest.mark.parametrize("blocks", [1, gpu.BLOCKS])
 @pytest.mark.parametrize(
   "case", [c for c in cases.CHECKS if c.operation == "decode_scores"], ids=str

@@ -75,13 +75,15 @@ def index_program(dtype):
   ]
 
 
-def decode_program(page_size):
-  pages = 4096 // page_size
+def decode_program(page_size, dtype=jnp.float8_e4m3fn):
+  pages, scale_PZ = 4096 // page_size, None
+  if dtype == jnp.float8_e4m3fn:
+    scale_PZ = jax.ShapeDtypeStruct((2 * pages, page_size), jnp.float32)
   return decode_gpu.scores, [
-    jax.ShapeDtypeStruct((2, 64, 128), jnp.float8_e4m3fn),
+    jax.ShapeDtypeStruct((2, 64, 128), dtype),
     jax.ShapeDtypeStruct((2, 64), jnp.float32),
-    jax.ShapeDtypeStruct((2 * pages, page_size, 128), jnp.float8_e4m3fn),
-    jax.ShapeDtypeStruct((2 * pages, page_size), jnp.float32),
+    jax.ShapeDtypeStruct((2 * pages, page_size, 128), dtype),
+    scale_PZ,
     jax.ShapeDtypeStruct((2, pages), jnp.int32),
     jax.ShapeDtypeStruct((2,), jnp.int32),
   ]
@@ -152,6 +154,7 @@ def masked_program(width, value_width):
     (decode_program(32), [{"QGMMA": 4}], 112),
     (decode_program(64), [{"QGMMA": 4}], 112),
     (decode_program(256), [{"QGMMA": 4}], 112),
+    (decode_program(64, jnp.bfloat16), [{"HGMMA": 8}], 112),
     (search_program(32768), [{"HGMMA": None}], 128),
     (sparse_program(), [{"HGMMA": 44, "LDGSTS": 36, "UTMALDG": 3}], 232),
     (
@@ -170,6 +173,7 @@ def masked_program(width, value_width):
     "decode-32",
     "decode-64",
     "decode-256",
+    "decode-bf16",
     "search",
     "sparse",
     "sparse-backward",
