@@ -95,6 +95,16 @@ def test_a_refused_request_and_a_full_house_leave_the_rest_alone():
   assert runner.drain(10)
 
 
+def test_a_cancelled_request_makes_room_at_once():
+  runner = runner_lib.Runner(FakeEngine(), max_requests=1)
+  box = queue.SimpleQueue()
+  for name in map(str, range(20)):
+    runner.submit(request(name, 10**9), box.put).result(10)
+    runner.cancel(name)
+    runner.cancel(name)
+  assert runner.drain(10) and runner.failure is None
+
+
 def test_a_failure_of_the_engine_reaches_every_request():
   runner = runner_lib.Runner(FakeEngine(fail_at=3), max_requests=9)
   box = queue.SimpleQueue()
@@ -104,6 +114,29 @@ def test_a_failure_of_the_engine_reaches_every_request():
   assert runner.failure is got[-1]
   with pytest.raises(runner_lib.NotAcceptingError):
     runner.submit(request("b"), box.put)
+
+
+class TwoAStep(FakeEngine):
+  """Gives two events of each request a step, as prefill and decode may."""
+
+  def step(self):
+    return super().step() + super().step()
+
+
+@pytest.mark.parametrize("max_tokens", [2, 3, 10**9])
+def test_a_receiver_that_fails_at_the_end_of_a_request(max_tokens, caplog):
+  engine = TwoAStep()
+  runner = runner_lib.Runner(engine, max_requests=9)
+  box = queue.SimpleQueue()
+
+  def closed(event):
+    raise RuntimeError("Event loop is closed")
+
+  runner.submit(request("a", max_tokens), closed).result(10)
+  runner.submit(request("b", 5), box.put).result(10)
+  assert [box.get(timeout=10).token_id for _ in range(5)] == list(range(5))
+  assert runner.drain(10) and runner.failure is None and not engine.pages
+  assert "a: its receiver failed" in caplog.text
 
 
 def test_max_requests_is_checked():

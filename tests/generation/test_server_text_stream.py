@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.generation.server import text_stream
 
 
@@ -52,6 +53,14 @@ def test_nothing_past_a_stop_string(seed):
 def test_the_stop_string_that_is_complete_first_wins():
   one = text_stream.TextStream(lambda ids: "abcd" * len(ids), ["abcd", "bc"])
   assert one.push(0) == "a" and one.stopped
+
+
+def test_ids_that_no_token_has_are_replaced():
+  tokenizer = tokenizers.train(["hi there"] * 5, 280)
+  hi, none = tokenizer.encode("hi"), tokenizer.vocab_size
+  ids = [none, *hi, none, none + 9, *hi]
+  assert text_stream.decode(tokenizer, ids) == "\ufffdhi\ufffd\ufffdhi"
+  assert text_stream.decode(tokenizer, []) == ""
 
 
 def test_an_empty_stop_string_is_refused():

@@ -7,6 +7,7 @@ temperature and truncation, for all that the model wrote, thinking included.
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 from typing import Any
 import uuid
 
@@ -49,7 +50,9 @@ class Choice:
     self.num_tokens = 0
     self.finish_reason: str | None = None
     self._eos_id = tokenizer.eos_id
-    self._text = text_stream.TextStream(tokenizer.decode, stop)
+    self._text = text_stream.TextStream(
+      functools.partial(text_stream.decode, tokenizer), stop
+    )
     self._chat = chat
     self._tokens: list[tuple[int, float]] = []
 
@@ -162,7 +165,7 @@ class ChatFormat:
     return {"content": [self._token(*token) for token in tokens]}
 
   def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-    text = self._tokenizer.decode([token_id])
+    text = text_stream.decode(self._tokenizer, [token_id])
     broken = text_stream.BROKEN in text
     return {
       "token": text,
@@ -202,7 +205,9 @@ class CompletionFormat:
     if not self._with_logprobs:
       return None
     return {
-      "tokens": [self._tokenizer.decode([token]) for token, _ in tokens],
+      "tokens": [
+        text_stream.decode(self._tokenizer, [token]) for token, _ in tokens
+      ],
       "token_logprobs": [logprob for _, logprob in tokens],
       "top_logprobs": None,
       "text_offset": None,

@@ -15,6 +15,10 @@ _log = logging.getLogger(__name__)
 Deliver = Callable[[requests_lib.TokenEvent | Exception], None]
 
 
+def _drop(event) -> None:
+  """Stands in for a receiver that has failed."""
+
+
 class NotAcceptingError(RuntimeError):
   """The runner drains, has failed, or holds as many requests as it may."""
 
@@ -46,6 +50,8 @@ class Runner:
     self._engine, self._max_requests = engine, max_requests
     self._calls: queue.SimpleQueue = queue.SimpleQueue()
     self._live: dict[str, Deliver] = {}
+    # Those of them that are cancelled and whose last event is to come.
+    self._leaving: set[str] = set()
     self._lock = threading.Lock()
     self._draining = False
     self._thread = threading.Thread(
@@ -107,15 +113,17 @@ class Runner:
     return answer
 
   def _submit(self, request, deliver):
-    if len(self._live) >= self._max_requests:
-      raise BusyError(f"{len(self._live)} requests are live")
+    live = len(self._live) - len(self._leaving)
+    if live >= self._max_requests:
+      raise BusyError(f"{live} requests are live")
     request_id = self._engine.submit(request)
     self._live[request_id] = deliver
     return request_id
 
   def _cancel(self, request_id):
-    if request_id in self._live:
+    if request_id in self._live and request_id not in self._leaving:
       self._engine.cancel(request_id)
+      self._leaving.add(request_id)
 
   def _run(self):
     while True:
@@ -129,22 +137,24 @@ class Runner:
       except Exception as error:
         self._fail(error)
         return
-      for event in events:
-        self._deliver(event)
+      failed = {e.request_id for e in events if not self._deliver(e)}
+      # Not before all is delivered: the last event may be among them.
+      for request_id in failed & self._live.keys():
+        self._cancel(request_id)
+        self._live[request_id] = _drop
 
-  def _deliver(self, event):
-    """Hands an event on; a request whose receiver fails is cancelled."""
-    deliver = self._live.get(event.request_id)
-    if deliver is None:
-      return
+  def _deliver(self, event) -> bool:
+    """Hands an event on; returns whether its receiver took it."""
+    deliver = self._live.get(event.request_id, _drop)
     if event.finish_reason is not None:
-      del self._live[event.request_id]
+      self._live.pop(event.request_id, None)
+      self._leaving.discard(event.request_id)
     try:
       deliver(event)
     except Exception:  # of the receiver: no other request is to suffer
       _log.exception("%s: its receiver failed", event.request_id)
-      if self._live.pop(event.request_id, None) is not None:
-        self._engine.cancel(event.request_id)
+      return False
+    return True
 
   def _answer(self, wait: bool):
     while wait or not self._calls.empty():

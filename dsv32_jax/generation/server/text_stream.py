@@ -2,7 +2,24 @@
 
 from collections.abc import Callable, Sequence
 
+from dsv32_jax.data import tokenizer as tokenizers
+
 BROKEN = "\ufffd"
+
+
+def decode(tokenizer: tokenizers.Tokenizer, token_ids: Sequence[int]) -> str:
+  """Returns the text of ids, of which a model may have more than a tokenizer.
+
+  Embedding tables are padded; what no token has the id of reads as U+FFFD.
+  """
+  known, text = [], []
+  for token_id in token_ids:
+    if token_id < tokenizer.vocab_size:
+      known.append(token_id)
+    else:
+      text += [tokenizer.decode(known), BROKEN]
+      known = []
+  return "".join([*text, tokenizer.decode(known)])
 
 
 class TextStream:
