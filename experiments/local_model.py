@@ -1,5 +1,6 @@
 """What programs that generate share: a checkpoint, its tokenizer, an engine."""
 
+import dataclasses
 import functools
 import os
 
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 from dsv32_jax import weights
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.generation import engine as engines
-from dsv32_jax.generation import requests
 from dsv32_jax.generation.server import text_stream
 from dsv32_jax.training import model_checkpoint
 
@@ -55,12 +55,25 @@ def name() -> str:
   return os.path.basename(path) or "model"
 
 
-def load() -> tuple[engines.Engine, tokenizers.Tokenizer, int]:
-  """Loads what the flags name, and compiles it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalModel:
+  """A model that is ready to generate.
 
-  Returns:
-    The engine, the tokenizer, and the most tokens of prompt and answer that
-    fit its cache.
+  Attributes:
+    engine: compiled.
+    tokenizer: of the model.
+    max_length: tokens of prompt and answer that fit the engine's cache.
+    unused_ids: those that the model has beyond the tokenizer.
+  """
+
+  engine: engines.Engine
+  tokenizer: tokenizers.Tokenizer
+  max_length: int
+  unused_ids: range
+
+
+def load() -> LocalModel:
+  """Loads what the flags name, and compiles it.
 
   Raises:
     ValueError, OSError: naming flag or file.
@@ -99,15 +112,13 @@ def load() -> tuple[engines.Engine, tokenizers.Tokenizer, int]:
     eos_id=tokenizer.eos_id,
     detokenize=functools.partial(text_stream.decode, tokenizer),
   )
-  _warm_up(engine, tokenizer)
-  return engine, tokenizer, min(length, pages * config.page_size)
-
-
-def _warm_up(engine: engines.Engine, tokenizer: tokenizers.Tokenizer) -> None:
-  """Runs both programs, so that no request waits for their compilation."""
-  sampling = requests.SamplingParameters(max_tokens=2, ignore_eos=True)
-  engine.generate(
-    [requests.Request(prompt_ids=[tokenizer.bos_id], sampling=sampling)]
+  # So that no request waits for a compilation.
+  engine.warm_up()
+  return LocalModel(
+    engine=engine,
+    tokenizer=tokenizer,
+    max_length=min(length, pages * config.page_size),
+    unused_ids=range(tokenizer.vocab_size, model.config.vocab_size),
   )
 
 

@@ -12,6 +12,7 @@ Ctrl-C: it takes no more requests, answers those that run for as long as
 --drain_seconds, and ends.
 """
 
+import asyncio
 import ipaddress
 import signal
 import socket
@@ -46,6 +47,7 @@ _DRAIN = flags.DEFINE_float(
   "drain_seconds", 60.0, "How long the end waits for requests that run."
 )
 _BACKLOG = 2048
+_LAST_SECONDS = 10.0
 
 
 def read_keys(path: str | None) -> tuple[str, ...]:
@@ -85,32 +87,35 @@ def warn_if_open(host: str, keys: tuple[str, ...]) -> None:
     )
 
 
-def main(argv):
-  del argv
-  keys = read_keys(_KEYS.value)
-  name = _NAME.value or local_model.name()
-  bound = bind(_HOST.value, _PORT.value)
-  warn_if_open(_HOST.value, keys)
-  engine, tokenizer, length = local_model.load()
-  config = app.ServerConfig(
-    model_name=name,
-    max_length=length,
-    thinking=_THINKING.value,
-    api_keys=keys,
-    max_body_bytes=int(_BODY.value * 2**20),
-    drain_seconds=_DRAIN.value,
-  )
-  runner = runners.Runner(engine, max_requests=_REQUESTS.value)
-  server = uvicorn.Server(
+class Server(uvicorn.Server):
+  """Gives a runner's requests up when they do not end in time."""
+
+  def __init__(self, config: uvicorn.Config, runner: runners.Runner):
+    super().__init__(config)
+    self._runner = runner
+
+  async def shutdown(self, sockets=None):
+    """Waits for requests, tells those that are too long, and ends."""
+    loop = asyncio.get_running_loop()
+    late = loop.call_later(_DRAIN.value, self._runner.give_up)
+    await super().shutdown(sockets)
+    late.cancel()
+
+
+def run(application, runner, name: str, bound: socket.socket) -> None:
+  """Answers until a signal, and then what still runs."""
+  server = Server(
     uvicorn.Config(
-      app.make_app(runner, tokenizer, config),
+      application,
       http="h11",
       ws="none",
       lifespan="on",
       log_level="warning",
-      timeout_graceful_shutdown=_DRAIN.value,
+      # Of connections, once no request runs any more.
+      timeout_graceful_shutdown=_DRAIN.value + _LAST_SECONDS,
       backlog=_BACKLOG,
-    )
+    ),
+    runner,
   )
   # Once it has drained, the server raises again what made it end.
   for kind in (signal.SIGTERM, signal.SIGINT):
@@ -118,13 +123,33 @@ def main(argv):
   host, port = bound.getsockname()[:2]
   where = f"[{host}]" if ":" in host else host
   bound.listen(_BACKLOG)
-  print(f"{name}: http://{where}:{port}/v1, {length} tokens", flush=True)
+  print(f"{name}: http://{where}:{port}/v1", flush=True)
   server.run(sockets=[bound])
-  ended = runner.drain(_DRAIN.value)
+
+
+def main(argv):
+  del argv
+  keys = read_keys(_KEYS.value)
+  name = _NAME.value or local_model.name()
+  with bind(_HOST.value, _PORT.value) as bound:
+    warn_if_open(_HOST.value, keys)
+    model = local_model.load()
+    config = app.ServerConfig(
+      model_name=name,
+      max_length=model.max_length,
+      thinking=_THINKING.value,
+      api_keys=keys,
+      max_body_bytes=int(_BODY.value * 2**20),
+      drain_seconds=_LAST_SECONDS,
+    )
+    runner = runners.Runner(model.engine, max_requests=_REQUESTS.value)
+    application = app.make_app(runner, model.tokenizer, config)
+    run(application, runner, name, bound)
+  ended = runner.drain(_LAST_SECONDS)
   if runner.failure is not None:
     raise RuntimeError("the engine failed") from runner.failure
   if not ended:
-    sys.stderr.write(f"error: requests still ran after {_DRAIN.value:g} s\n")
+    sys.stderr.write("error: the engine did not come to its end\n")
     return 1
   print("drained")
   return 0

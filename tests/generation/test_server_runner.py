@@ -116,6 +116,26 @@ def test_a_failure_of_the_engine_reaches_every_request():
     runner.submit(request("b"), box.put)
 
 
+def test_giving_up_ends_what_runs_with_an_error():
+  engine = FakeEngine()
+  runner = runner_lib.Runner(engine, max_requests=9)
+  boxes = {name: queue.SimpleQueue() for name in "abc"}
+  for name, box in boxes.items():
+    runner.submit(request(name, 10**9), box.put).result(10)
+  runner.give_up()
+  runner.cancel("b")
+  assert runner.drain(10) and runner.failure is None and not engine.pages
+  for box in boxes.values():
+    got = [box.get(timeout=10)]
+    while not box.empty():
+      got.append(box.get())
+    assert isinstance(got[-1], runner_lib.NotAcceptingError)
+    assert all(one.finish_reason is None for one in got[:-1])
+  with pytest.raises(runner_lib.NotAcceptingError):
+    runner.submit(request("d"), boxes["a"].put)
+  runner.give_up()
+
+
 class TwoAStep(FakeEngine):
   """Gives two events of each request a step, as prefill and decode may."""
 

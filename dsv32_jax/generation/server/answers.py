@@ -62,9 +62,12 @@ class Answers:
 
     Raises:
       EngineError: the engine has failed.
+      runner.NotAcceptingError: the runner has given up.
     """
     while self._live:
       index, event = await self._events.get()
+      if isinstance(event, runner_lib.NotAcceptingError):
+        raise event
       if isinstance(event, Exception):
         raise EngineError("the engine has failed") from event
       if event.finish_reason is not None:

@@ -9,6 +9,7 @@ import threading
 from dsv32_jax.generation import requests as requests_lib
 
 _log = logging.getLogger(__name__)
+_DRAINING = "the server is shutting down"
 
 # Given each event of a request, or the failure that ended it; called in the
 # runner's thread, so it must only hand the value on.
@@ -104,11 +105,18 @@ class Runner:
     self._thread.join(timeout_s)
     return not self._thread.is_alive()
 
+  def give_up(self) -> None:
+    """Takes no more requests, and ends those that run with an error."""
+    with self._lock:
+      self._draining = True
+      if self._thread.is_alive():
+        self._calls.put((futures.Future(), self._give_up))
+
   def _ask(self, call) -> futures.Future:
     answer = futures.Future()
     with self._lock:
       if self._draining:
-        raise NotAcceptingError("the server is shutting down")
+        raise NotAcceptingError(_DRAINING)
       self._calls.put((answer, call))
     return answer
 
@@ -175,9 +183,18 @@ class Runner:
       answer, _ = self._calls.get()
       if answer.set_running_or_notify_cancel():
         answer.set_exception(NotAcceptingError("the engine has failed"))
+    self._tell_all(error)
+    self._live.clear()
+
+  def _give_up(self):
+    self._tell_all(NotAcceptingError(_DRAINING))
+    for request_id in self._live:
+      self._cancel(request_id)
+      self._live[request_id] = _drop
+
+  def _tell_all(self, error: Exception):
     for request_id, deliver in self._live.items():
       try:
         deliver(error)
       except Exception:  # of the receiver: the others are still to be told
         _log.exception("%s: its receiver failed", request_id)
-    self._live.clear()

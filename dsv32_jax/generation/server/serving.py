@@ -156,8 +156,10 @@ class Reply:
         yield _event({**base, "choices": [], "usage": self._usage()})
       yield b"data: [DONE]\n\n"
     except Exception as error:  # the status is out: it is told in the stream
-      _log.exception("a stream failed")
-      yield _event(errors.of(error).body())
+      told = errors.of(error)
+      if told.status == 500:
+        _log.error("a stream failed", exc_info=error)
+      yield _event(told.body())
 
   def _usage(self) -> dict[str, int]:
     drawn = sum(choice.num_tokens for choice in self._choices)
