@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 
+from dsv32_jax.data import pieces
 from dsv32_jax.data.bad_records import BadRecords
 from dsv32_jax.data.sources import Source
 from dsv32_jax.data.sources import SourceConfig
@@ -34,6 +35,11 @@ def exchange_parts(record, config: SourceConfig, tokenizer: Tokenizer):
   yield tokenizer.special_id("think_end"), False
   yield record[config.response_field], True
   yield tokenizer.eos_id, True
+
+
+def conversation_parts(record, config: SourceConfig, tokenizer: Tokenizer):
+  """Yields (part, learnt) of a conversation; see `pieces`."""
+  yield from pieces.read(record[config.pieces_field], tokenizer)
 
 
 class TokenizedDocuments:
@@ -68,7 +74,10 @@ class TokenizedDocuments:
     self._tokenizer = tokenizer
     self._bad_records = bad_records
     self._max_length = max_length
-    self._parts = exchange_parts if config.prompt_field else text_parts
+    if config.pieces_field:
+      self._parts = conversation_parts
+    else:
+      self._parts = exchange_parts if config.prompt_field else text_parts
     self._cache: dict[int, np.ndarray] = {}
     self._cache_bytes_left = cache_bytes
     self._faults: set[int] = set()
@@ -107,10 +116,14 @@ class TokenizedDocuments:
     if record is None:
       return None
     token_ids, learnt = [], []
-    for part, learn in self._parts(record, self._config, self._tokenizer):
-      ids = self._tokenizer.encode_parts([part])
-      token_ids.extend(ids)
-      learnt.extend([learn] * len(ids))
+    try:
+      for part, learn in self._parts(record, self._config, self._tokenizer):
+        ids = self._tokenizer.encode_parts([part])
+        token_ids.extend(ids)
+        learnt.extend([learn] * len(ids))
+    except ValueError as error:  # pieces that are none
+      self._bad_records.add(*self._source.place(index), str(error))
+      return None
     length = len(token_ids)
     if self._max_length is not None and length > self._max_length:
       file, place = self._source.place(index)

@@ -32,6 +32,8 @@ class SourceConfig:
     prompt_field: field with the user's words. With response_field, in place of
       text_field: supervised fine-tuning, where the response alone is learnt.
     response_field: field with the answer.
+    pieces_field: field with a whole conversation, tool calls and all, as
+      `pieces` reads it, in place of the other fields.
   """
 
   kind: str
@@ -40,6 +42,7 @@ class SourceConfig:
   text_field: str = "text"
   prompt_field: str | None = None
   response_field: str | None = None
+  pieces_field: str | None = None
 
   def __post_init__(self):
     if self.kind not in _OPEN:
@@ -55,15 +58,23 @@ class SourceConfig:
         f"source prompt_field={self.prompt_field!r} and"
         f" response_field={self.response_field!r} go together"
       )
-    if self.prompt_field and self.kind not in _STRUCTURED:
+    if self.prompt_field and self.pieces_field:
       raise ValueError(
-        f"source prompt_field={self.prompt_field!r} does not go with"
-        f" kind={self.kind!r}"
+        f"source prompt_field={self.prompt_field!r} and"
+        f" pieces_field={self.pieces_field!r} exclude each other"
       )
+    for name in ("prompt_field", "pieces_field"):
+      if getattr(self, name) and self.kind not in _STRUCTURED:
+        raise ValueError(
+          f"source {name}={getattr(self, name)!r} does not go with"
+          f" kind={self.kind!r}"
+        )
 
   @property
   def fields(self) -> tuple[str, ...]:
     """Returns the fields that a record must have."""
+    if self.pieces_field is not None:
+      return (self.pieces_field,)
     if self.prompt_field is not None:
       return (self.prompt_field, self.response_field)
     return (self.text_field,)

@@ -106,8 +106,10 @@ def prompts(
     if found:
       sentence = document.text[found.end() :].strip().partition("\n")[0]
       parameters = [x.strip() for x in found[3].split(",") if "=" in x]
-      if len(sentence.split()) >= 4 and parameters:
-        made.append(_about(found[1], found[2], parameters, sentence, rng))
+      words = re.findall(r"[A-Za-z]{4,}", sentence)
+      words = [word for word in words if word != found[1]]
+      if len(words) >= 3 and parameters:
+        made.append(_about(found, parameters, sentence, words, rng))
   rng.shuffle(made)
   for place in range(0, len(made), 10):
     text, phrases = rng.choice(_SMALL_TALK)
@@ -115,8 +117,9 @@ def prompts(
   return made
 
 
-def _about(name, module, parameters, sentence, rng):
-  words = [x for x in re.findall(r"[A-Za-z]{4,}", sentence) if x != name]
+def _about(found, parameters, sentence, words, rng):
+  """Writes a prompt about the function of a document, and its rubric."""
+  name, module = found[1], found[2]
   rubric = [
     _criterion("correctness", f"It says what {name} does.", words, 2.0),
     _criterion("completeness", "It gives all defaults.", parameters, 2.0),
