@@ -8,10 +8,14 @@ The default is the paper's scale, 1,827 environments and 4,417 tasks. A few:
 Search tasks over Python's own documentation: :search, a few: :search_small
 
 Code tasks out of the history of this repository, or another's: :code
+
+Questions that only code answers: :interpreter (the paper's 5,908), a few:
+:interpreter_small
 """
 
 from dsv32_jax.agents.synthesis.code import pipeline as code
 from dsv32_jax.agents.synthesis.general import pipeline
+from dsv32_jax.agents.synthesis.interpreter import pipeline as interpreter
 from dsv32_jax.agents.synthesis.search import pipeline as search
 from experiments import common
 
@@ -27,6 +31,10 @@ def get_config(variant: str = "paper"):
     "code": lambda: code.CodeSynthesisConfig(
       environment={"JAX_PLATFORMS": "cpu"}
     ),
+    "interpreter": interpreter.InterpreterSynthesisConfig,
+    "interpreter_small": lambda: interpreter.InterpreterSynthesisConfig(
+      num_tasks=32, num_trajectories=4
+    ),
     "search": search.SearchSynthesisConfig,
     "search_small": lambda: search.SearchSynthesisConfig(
       num_tasks=12,
@@ -34,8 +42,9 @@ def get_config(variant: str = "paper"):
       modules=("email", "http", "asyncio", "xml", "multiprocessing", "json"),
     ),
   }
-  # The family of a variant, where it is not "general".
-  families = {"code": "code", "search": "search", "search_small": "search"}
+  # The family of a variant is in its name, where it is not "general".
+  families = ("code", "interpreter", "search")
   config = common.config_variant(variants, variant)
-  config.family = families.get(variant, "general")
+  family = variant.removesuffix("_small")
+  config.family = family if family in families else "general"
   return config

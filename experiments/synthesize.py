@@ -6,7 +6,8 @@ A run that was killed continues when it is started again. The workdir then has
 tasks and trajectories as .jsonl and .parquet (docs/agent_data.md has the
 columns), rejections.jsonl and report.json; of general tasks, databases behind
 tools, also environments.jsonl and solution_lengths.png; of search tasks
-(:search) the corpus and all candidates; of code tasks (:code) all candidates.
+(:search) the corpus and all candidates; of code tasks (:code)
+and questions that only code answers (:interpreter) all candidates.
 """
 
 import json
@@ -23,6 +24,9 @@ from dsv32_jax.agents.synthesis.general import campaign
 from dsv32_jax.agents.synthesis.general import export
 from dsv32_jax.agents.synthesis.general import pipeline
 from dsv32_jax.agents.synthesis.general import report
+from dsv32_jax.agents.synthesis.interpreter import (
+  pipeline as interpreter_pipeline,
+)
 from dsv32_jax.agents.synthesis.search import campaign as search_campaign
 from dsv32_jax.agents.synthesis.search import export as search_export
 from dsv32_jax.agents.synthesis.search import pipeline as search_pipeline
@@ -81,6 +85,14 @@ def _search(config, workdir):
   )
 
 
+def _interpreter(config, workdir):
+  """Makes questions that only code answers."""
+  interpreter_pipeline.run(config, workdir, _bar("task"))
+  interpreter_pipeline.export(workdir, config.num_trajectories)
+  found = interpreter_pipeline.report(workdir)
+  return found, f"{found['tasks']} tasks of {found['candidates']} candidates"
+
+
 def _bar(unit):
   """Returns a progress bar over indices of which some may be done."""
 
@@ -122,6 +134,10 @@ def _code(config, workdir):
 FAMILIES = {
   "code": (code_pipeline.CodeSynthesisConfig, _code),
   "general": (pipeline.SynthesisConfig, _general),
+  "interpreter": (
+    interpreter_pipeline.InterpreterSynthesisConfig,
+    _interpreter,
+  ),
   "search": (search_pipeline.SearchSynthesisConfig, _search),
 }
 

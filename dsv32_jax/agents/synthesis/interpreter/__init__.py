@@ -1,0 +1,1 @@
+"""Questions that only code answers: drawn, computed twice, checked."""
