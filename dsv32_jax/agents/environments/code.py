@@ -8,7 +8,7 @@ sandbox that an agent's commands run in; they are placed for grading alone.
 from collections.abc import Mapping
 from typing import Any
 
-from dsv32_jax.agents import tools
+from dsv32_jax.agents.environments import checked
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.repository import grading
 from dsv32_jax.agents.repository import languages
@@ -70,7 +70,7 @@ TOOLS = (
 )
 
 
-class CodeEnvironment:
+class CodeEnvironment(checked.CheckedEnvironment):
   """One task on a repository; see protocol.Environment.
 
   Attributes:
@@ -95,51 +95,27 @@ class CodeEnvironment:
     Raises:
       ValueError: max_steps is less than 1.
     """
-    if max_steps < 1:
-      raise ValueError(f"{max_steps=} must be at least 1")
-    self.task = task
+    super().__init__(task, TOOLS, max_steps)
     self.last_grade: grading.Grade | None = None
     self._workspace = workspace
-    self._max_steps = max_steps
-    self._checker = tools.CallChecker(TOOLS)
-    self._state: dict[str, Any] | None = None
 
   async def reset(self) -> protocol.Start:
-    self._state = {"steps": 0, "done": False, "delta": workspaces.Delta()}
+    self.begin(delta=workspaces.Delta())
     return protocol.Start(observation=prompt(self.task), tools=TOOLS)
-
-  async def step(self, call: protocol.ToolCall) -> protocol.Step:
-    state = self._running()
-    if state["done"]:
-      raise RuntimeError("the episode is done")
-    state["steps"] += 1
-    try:
-      self._checker.check(call.name, call.arguments)
-    except tools.ToolError as error:
-      text = tools.observation_of_error(error)
-    else:
-      text = await self._carry_out(call)
-    state["done"] = state["done"] or state["steps"] >= self._max_steps
-    return protocol.Step(observation=text, done=state["done"])
 
   async def verify(self) -> float:
     """Grades the tree as it is now, submitted or not."""
-    delta = self._running()["delta"]
     self.last_grade = await grading.grade_async(
-      self.task, self._workspace, delta
+      self.task, self._workspace, self.state["delta"]
     )
     return self.last_grade.reward
 
   def snapshot(self) -> dict[str, Any]:
-    state = self._running()
-    return {
-      "task": self.task.id,
-      "state": {**state, "delta": state["delta"].dump()},
-    }
+    delta = self.state["delta"].dump()
+    return {"task": self.task.id, "state": {**self.state, "delta": delta}}
 
   async def restore(self, snapshot: Mapping[str, Any]) -> None:
-    if snapshot["task"] != self.task.id:
-      raise ValueError(f"{snapshot['task']=} is not {self.task.id=}")
+    self.check_snapshot(snapshot)
     state = snapshot["state"]
     delta = workspaces.Delta.load(state["delta"])
     self._state = {**state, "delta": delta}
@@ -147,33 +123,27 @@ class CodeEnvironment:
   async def close(self) -> None:
     """Has nothing to give back: no process outlives a step."""
 
-  async def _carry_out(self, call):
-    state = self._running()
+  async def carry_out(self, call: protocol.ToolCall) -> str:
     if call.name == "submit":
-      state["done"] = True
+      self.state["done"] = True
       return "The work is submitted."
     language = languages.find(self.task.language)
     answer = await self._workspace.run_async(
-      _order(call.name, call.arguments, language), state["delta"]
+      _order(call.name, call.arguments, language), self.state["delta"]
     )
     if answer.delta is not None:
-      state["delta"] = answer.delta
+      self.state["delta"] = answer.delta
     if answer.error:
       return f"error: {answer.error}"
     values, notes = answer.values, []
     if call.name in ("shell", "run_tests"):
-      seconds = self._workspace.seconds
       code = values["code"]
       if code is None:
+        seconds = self._workspace.seconds
         notes.append(f"[It took more than {seconds:g} s and was ended.]")
       elif code:
         notes.append(f"[exit code {code}]")
     return "\n".join([values["output"].rstrip("\n"), *notes]).lstrip("\n")
-
-  def _running(self):
-    if self._state is None:
-      raise RuntimeError("no episode runs: call reset first")
-    return self._state
 
 
 def prompt(task: grading.CodeTask) -> str:

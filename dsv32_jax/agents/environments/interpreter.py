@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from dsv32_jax.agents import interpreter as interpreters
-from dsv32_jax.agents import tools
+from dsv32_jax.agents.environments import checked
 from dsv32_jax.agents.environments import protocol
 
 MAX_STEPS = 100
@@ -87,7 +87,7 @@ def accepts(task: InterpreterTask, text: str) -> bool:
   )
 
 
-class InterpreterEnvironment:
+class InterpreterEnvironment(checked.CheckedEnvironment):
   """One question with a kernel of its own; see protocol.Environment."""
 
   def __init__(
@@ -107,43 +107,23 @@ class InterpreterEnvironment:
     Raises:
       ValueError: max_steps is less than 1.
     """
-    if max_steps < 1:
-      raise ValueError(f"{max_steps=} must be at least 1")
-    self.task = task
+    super().__init__(task, TOOLS, max_steps)
     self._make_interpreter = make_interpreter
-    self._max_steps = max_steps
-    self._checker = tools.CallChecker(TOOLS)
     self._interpreter: interpreters.Interpreter | None = None
-    self._state: dict[str, Any] | None = None
 
   async def reset(self) -> protocol.Start:
     self._renew()
-    self._state = {"steps": 0, "done": False, "answer": None, "cells": []}
+    self.begin(answer=None, cells=[])
     return protocol.Start(observation=self.task.statement, tools=TOOLS)
 
-  async def step(self, call: protocol.ToolCall) -> protocol.Step:
-    state = self._running()
-    if state["done"]:
-      raise RuntimeError("the episode is done")
-    state["steps"] += 1
-    try:
-      self._checker.check(call.name, call.arguments)
-    except tools.ToolError as error:
-      text = tools.observation_of_error(error)
-    else:
-      text = await self._carry_out(call)
-    state["done"] = state["done"] or state["steps"] >= self._max_steps
-    return protocol.Step(observation=text, done=state["done"])
-
   async def verify(self) -> float:
-    text = self._running()["answer"]
+    text = self.state["answer"]
     return float(text is not None and accepts(self.task, text))
 
   def snapshot(self) -> dict[str, Any]:
     """Returns the state; of the kernel, the cells that led to its own."""
-    state = self._running()
-    cells = list(state["cells"])
-    return {"task": self.task.id, "state": {**state, "cells": cells}}
+    cells = list(self.state["cells"])
+    return {"task": self.task.id, "state": {**self.state, "cells": cells}}
 
   async def restore(self, snapshot: Mapping[str, Any]) -> None:
     """Runs the cells of the snapshot again, in a new kernel.
@@ -153,8 +133,7 @@ class InterpreterEnvironment:
     Raises:
       ValueError: the snapshot is of another task.
     """
-    if snapshot["task"] != self.task.id:
-      raise ValueError(f"{snapshot['task']=} is not {self.task.id=}")
+    self.check_snapshot(snapshot)
     self._renew()
     state = snapshot["state"]
     self._state = {**state, "cells": list(state["cells"])}
@@ -166,8 +145,8 @@ class InterpreterEnvironment:
       self._interpreter.close()
       self._interpreter = None
 
-  async def _carry_out(self, call) -> str:
-    state = self._running()
+  async def carry_out(self, call: protocol.ToolCall) -> str:
+    state = self.state
     if call.name == "submit_result":
       state |= {"done": True, "answer": call.arguments["answer_text"]}
       return "The answer is submitted."
@@ -181,8 +160,3 @@ class InterpreterEnvironment:
     if self._interpreter is not None:
       self._interpreter.close()
     self._interpreter = self._make_interpreter(self.task.files)
-
-  def _running(self):
-    if self._state is None:
-      raise RuntimeError("no episode runs: call reset first")
-    return self._state
