@@ -20,6 +20,9 @@ from experiments import common
 
 common.define_common_flags()
 common.define_process_flags()
+_PROFILE = flags.DEFINE_bool(
+  "profile", False, "Profile three steps, for xprof, in WORKDIR/profile."
+)
 
 
 def main(argv):
@@ -28,7 +31,7 @@ def main(argv):
   config = config_files.build(run.TrainConfig, flags.FLAGS.config)
   workdir = common.require_workdir()
   try:
-    finished = loop.train(config, workdir)
+    finished = loop.train(config, workdir, profile=_PROFILE.value)
   except run.Stopped as stopped:
     if jax.process_index() == 0:
       print(f"{stopped}; the same command goes on from there")

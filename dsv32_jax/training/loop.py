@@ -12,12 +12,17 @@ import numpy as np
 from dsv32_jax import config_files
 from dsv32_jax.training import metrics as metrics_lib
 from dsv32_jax.training import processes
+from dsv32_jax.training import profiling
 from dsv32_jax.training import run as run_lib
 from dsv32_jax.training import stop_signal
 
 
 def train(
-  config: run_lib.TrainConfig, workdir: str, *, title: str = "train"
+  config: run_lib.TrainConfig,
+  workdir: str,
+  *,
+  title: str = "train",
+  profile: bool = False,
 ) -> run_lib.Run:
   """Runs a stage to its end, from the newest checkpoint if there is one.
 
@@ -28,12 +33,15 @@ def train(
     config: of the stage.
     workdir: folder of this stage alone.
     title: of the progress bar.
+    profile: write a profile of some steps to `profile/`, and `parts.json`
+      beside it: seconds of a step by part of the model. Compiles once more.
 
   Returns:
     The finished run; its data and checkpoint folder are closed.
 
   Raises:
-    ValueError: for a config that does not fit its folder, or after too many
+    ValueError: for a config that does not fit its folder or has too few steps
+      left to profile, or after too many
       steps in a row whose gradients were not finite; the last batch is left in
       the folder.
     checkpoint.SaveError: if the disk does not take a checkpoint.
@@ -43,6 +51,7 @@ def train(
   run = run_lib.Run(config, workdir)
   try:
     start = run.resume()
+    tracer = _tracer(workdir, start, config.steps) if profile else None
     claim_folder(config, workdir, _MAY_CHANGE)
     speaks = jax.process_index() == 0
     writer = metrics_lib.SilentWriter()
@@ -52,20 +61,26 @@ def train(
       config.steps, initial=start, title=title, shown=speaks
     )
     with writer, bar, stop_signal.StopSignal() as stop:
-      _loop(run, start, writer, bar, stop, workdir)
+      _loop(run, start, writer, bar, stop, workdir, tracer)
   finally:
     run.close()
   return run
 
 
-def _loop(run, start, writer, bar, stop, workdir) -> None:
+def _loop(run, start, writer, bar, stop, workdir, tracer) -> None:
   config = run.config
   clock = _Clock()
   for step in range(start + 1, config.steps + 1):
     with clock.waiting():
       rows = next(run.batches)
     with jax.set_mesh(run.mesh):
-      run.state, metrics = run.step(run.state, run.place(rows))
+      batch = run.place(rows)
+      if tracer is not None:
+        tracer.begin(step)
+      run.state, metrics = run.step(run.state, batch)
+      if tracer is not None and tracer.end(step, (run.state, metrics)):
+        with clock.standing_still():
+          _write_parts(run, batch, tracer)
     clock.steps += 1
     if step % config.log_every == 0 or step == config.steps:
       metrics = jax.device_get(metrics)
@@ -82,6 +97,27 @@ def _loop(run, start, writer, bar, stop, workdir) -> None:
     if stopping and step < config.steps:
       run.checkpointer.wait()
       raise run_lib.Stopped(f"stopped at step {step} of {config.steps}")
+
+
+def _tracer(workdir, start: int, steps: int) -> profiling.StepTracer:
+  """Profiles three steps, after one that compiles.
+
+  Raises:
+    ValueError: if there are not that many.
+  """
+  if steps - start < 4:
+    raise ValueError(
+      f"a profile takes 4 steps, from {start} to config.{steps=} are fewer"
+    )
+  folder = os.path.join(workdir, "profile")
+  return profiling.StepTracer(folder, start + 2, start + 4)
+
+
+def _write_parts(run, batch, tracer) -> None:
+  """Writes the share of each part, by one process."""
+  if jax.process_index() == 0:
+    compiled = run.step.lower(run.state, batch).compile()
+    tracer.write_parts(compiled.as_text())
 
 
 def _save(run, step: int, writer) -> None:

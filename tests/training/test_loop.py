@@ -19,6 +19,7 @@ from dsv32_jax.training import held_out
 from dsv32_jax.training import loop
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import optimizer
+from dsv32_jax.training import profiling
 from dsv32_jax.training import run
 from dsv32_jax.training import schedule
 from dsv32_jax.training import stages
@@ -211,6 +212,21 @@ def test_held_out_text_is_measured_and_chooses_the_best(text, tmp_path):
   chosen = model_checkpoint.load_model(tmp_path / "checkpoints", step="best")
   again = model_checkpoint.load_model(tmp_path / "checkpoints", step=best)
   np.testing.assert_array_equal(chosen.head.kernel[...], again.head.kernel[...])
+
+
+@pytest.mark.slow
+def test_a_profile_shows_every_part_of_a_step(text, tmp_path):
+  plain = loop.train(config(text, steps=5), tmp_path / "plain")
+  profiled = loop.train(config(text, steps=5), tmp_path / "run", profile=True)
+  same(outcome(plain, tmp_path / "plain"), outcome(profiled, tmp_path / "run"))
+  folder = tmp_path / "run" / "profile"
+  assert list(folder.rglob("*.xplane.pb"))
+  parts = json.loads((folder / "parts.json").read_text())
+  assert set(parts) == {*profiling.PARTS.values(), profiling.OTHER}
+  assert all(seconds > 0 for seconds in parts.values())
+  assert parts[profiling.OTHER] < 0.5 * sum(parts.values())
+  with pytest.raises(ValueError, match="a profile takes 4 steps, from 5 to"):
+    loop.train(config(text, steps=8), tmp_path / "run", profile=True)
 
 
 def test_the_best_need_something_to_compare_by(text):
