@@ -9,7 +9,9 @@ queries.
 """
 
 import dataclasses
+import functools
 import math
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -177,6 +179,25 @@ def constrain(x, *axes):
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+class Gathered(NamedTuple):
+  """How `shard_call` takes a weight: as it is stored, gathered on the device.
+
+  The gradient then goes back by a reduce-scatter. A weight that is merely
+  asked for whole is reduced in full on every device first.
+
+  Attributes:
+    stored: logical axes by which it lies.
+    wanted: logical axes by which the function takes it; the others' mesh axes
+      are gathered.
+    dtype: type in which it travels, rounded to it; None keeps its own. The
+      gradient travels in the weight's type.
+  """
+
+  stored: tuple[str | None, ...]
+  wanted: tuple[str | None, ...]
+  dtype: Any = None
+
+
 def shard_call(function, args, in_axes, out_axes):
   """Calls function(*args) on each device's share.
 
@@ -184,8 +205,9 @@ def shard_call(function, args, in_axes, out_axes):
     function: takes arrays (or None) and returns a tuple of arrays whose
       shapes, whole, are those it would return without a mesh.
     args: a tuple of arrays; a None passes through.
-    in_axes: for each argument a tuple of logical axes, one a dimension.
-      Where an argument is whole along a split axis, it is gathered first.
+    in_axes: for each argument a tuple of logical axes, one a dimension, or a
+      `Gathered`. Where an argument is whole along a split axis, it is gathered
+      first.
     out_axes: for each result likewise.
   """
   mesh = _active_mesh()
@@ -199,18 +221,76 @@ def shard_call(function, args, in_axes, out_axes):
       full[i] = value
     return function(*full)
 
+  def on_shares(*shares):
+    return on_present(
+      *(
+        _whole(share, args[i].shape, in_axes[i], mesh)
+        for i, share in zip(present, shares)
+      )
+    )
+
   given = [args[i] for i in present]
   whole = jax.eval_shape(on_present, *given)
   in_specs = tuple(
-    partition_spec(args[i].shape, in_axes[i], mesh) for i in present
+    partition_spec(args[i].shape, _stored(in_axes[i]), mesh) for i in present
   )
   out_specs = tuple(
     partition_spec(result.shape, axes, mesh)
     for result, axes in zip(whole, out_axes)
   )
   return jax.shard_map(
-    on_present, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    on_shares, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )(*given)
+
+
+def _stored(axes):
+  return axes.stored if isinstance(axes, Gathered) else axes
+
+
+def _whole(share, shape, axes, mesh):
+  """Gathers a device's share of a weight along what is not wanted split."""
+  if not isinstance(axes, Gathered):
+    return share
+  stored = partition_spec(shape, axes.stored, mesh)
+  wanted = partition_spec(shape, axes.wanted, mesh)
+  # The minor axis first, one at a time: a gather over all axes of a mesh at
+  # once becomes an all-reduce on TPU.
+  hops = [
+    (dimension, axis)
+    for dimension, (has, wants) in enumerate(zip(stored, wanted))
+    for axis in reversed(_mesh_axes(has))
+    if axis not in _mesh_axes(wants)
+  ]
+  return _gather(share, tuple(hops), axes.dtype) if hops else share
+
+
+def _mesh_axes(entry) -> tuple[str, ...]:
+  """The mesh axes of a dimension's entry in a PartitionSpec."""
+  return (entry,) if isinstance(entry, str) else entry or ()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(share, hops, dtype):
+  whole = share if dtype is None else share.astype(dtype)
+  for dimension, axis in hops:
+    whole = jax.lax.all_gather(whole, axis, axis=dimension, tiled=True)
+  return whole.astype(share.dtype)
+
+
+def _gather_forward(share, hops, dtype):
+  return _gather(share, hops, dtype), None
+
+
+def _gather_backward(hops, dtype, _, gradient):
+  del dtype
+  for dimension, axis in reversed(hops):
+    gradient = jax.lax.psum_scatter(
+      gradient, axis, scatter_dimension=dimension, tiled=True
+    )
+  return (gradient,)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def mesh_sum(x, *axes):

@@ -235,6 +235,12 @@ def routed_experts(
     return (out_BTD,)
 
   tokens = ("batch", "length", None)
+  wide = sharding.Gathered(
+    ("experts", "embed", "ffn"), ("experts", None, "ffn")
+  )
+  narrow = sharding.Gathered(
+    ("experts", "ffn", "embed"), ("experts", "ffn", None)
+  )
   (out_BTD,) = sharding.shard_call(
     run,
     (
@@ -245,11 +251,7 @@ def routed_experts(
       up_EDF,
       down_EFD,
     ),
-    (
-      *(tokens, tokens, tokens),
-      *(("experts", None, "ffn"), ("experts", None, "ffn")),
-      ("experts", "ffn", None),
-    ),
+    (tokens, tokens, tokens, wide, wide, narrow),
     (tokens,),
   )
   return sharding.constrain(out_BTD, "batch", "length", None)

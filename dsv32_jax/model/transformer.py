@@ -79,7 +79,10 @@ class Embedding(nnx.Module):
     (x_BTD,) = sharding.shard_call(
       look_up,
       (self.table[...], tokens_BT),
-      ((None, None), ("batch", "length")),
+      (
+        sharding.Gathered(("vocab", "embed"), (None, None), dtype),
+        ("batch", "length"),
+      ),
       (("batch", "length", None),),
     )
     return x_BTD

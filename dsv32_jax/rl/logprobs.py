@@ -49,7 +49,13 @@ def token_logprobs(
   return sharding.shard_call(
     lambda *args: _sliced_logprobs(*args, temperature),
     (hidden_BTD, kernel_DV, targets_BT, kept.ids_BTK, kept.bits_BTW),
-    (tokens, (None, None), ("batch", "queries"), tokens, tokens),
+    (
+      tokens,
+      losses.head(hidden_BTD),
+      ("batch", "queries"),
+      tokens,
+      tokens,
+    ),
     (("batch", "queries"), ("batch", "queries")),
   )
 

@@ -24,9 +24,14 @@ def token_losses(hidden_BTD, kernel_DV, targets_BT):
   return sharding.shard_call(
     _token_losses,
     (hidden_BTD, kernel_DV, targets_BT),
-    (("batch", "queries", None), (None, None), ("batch", "queries")),
+    (("batch", "queries", None), head(hidden_BTD), ("batch", "queries")),
     (("batch", "queries"), ("batch", "queries")),
   )
+
+
+def head(hidden_BTD) -> sharding.Gathered:
+  """How `shard_call` takes the output head to hidden states."""
+  return sharding.Gathered(("embed", "vocab"), (None, None), hidden_BTD.dtype)
 
 
 def _token_losses(hidden_BTD, kernel_DV, targets_BT):
