@@ -170,6 +170,11 @@ def _active_mesh():
   return mesh
 
 
+def batch_shards(mesh: Mesh) -> int:
+  """Parts that the rows of a batch divide into."""
+  return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def constrain(x, *axes):
   """Constrains x to its logical axes; without a mesh returns x."""
   mesh = _active_mesh()

@@ -1,7 +1,7 @@
 """Compiles a step for hardware that is not there, and reports on it.
 
-The step is that of a config's stage of training, or of a served model (its
-config has `new_tokens`).
+The step is that of a config's stage of training, of reinforcement learning (its
+config has a `learner`) or of a served model (`new_tokens`).
 
 python -m experiments.compile_for --topology=v5p:8x8x16 \
   --config=configs/deepseek_v32_671b.py:sparse --output=report.json
@@ -33,6 +33,8 @@ from dsv32_jax import config_files
 from dsv32_jax.ahead import estimate
 from dsv32_jax.ahead import report as report_lib
 from dsv32_jax.generation import ahead as generation_ahead
+from dsv32_jax.rl import ahead as rl_ahead
+from dsv32_jax.rl import run_config
 from dsv32_jax.training import ahead as training_ahead
 from dsv32_jax.training import layout
 from dsv32_jax.training import run
@@ -90,6 +92,11 @@ def _stage_with_kernels(config, kernels):
   return dataclasses.replace(config, stage=stage)
 
 
+def _learner_with_kernels(config, kernels):
+  learner = _stage_with_kernels(config.learner, kernels)
+  return dataclasses.replace(config, learner=learner)
+
+
 # By the field that only such a config has.
 _KINDS = {
   "new_tokens": _Kind(
@@ -98,6 +105,13 @@ _KINDS = {
     "kernels",
     lambda config: config.kernels,
     lambda config, kernels: dataclasses.replace(config, kernels=kernels),
+  ),
+  "learner": _Kind(
+    run_config.RlConfig,
+    rl_ahead,
+    "learner.stage.kernels",
+    lambda config: config.learner.stage.kernels,
+    _learner_with_kernels,
   ),
   "stage": _Kind(
     run.TrainConfig,

@@ -58,6 +58,7 @@ TARGETS = (
   Target("sparse", "v5p:8x8x16", {}),
   Target("sparse", "v5p:8x8x8", _mesh(30, fsdp=1, expert=16, context=32)),
   Target("sparse", "tpu7x:4x4x8", _mesh(60, fsdp=1, expert=8, context=32)),
+  Target("grpo", "v5p:8x8x16", {}),
   Target("prefill", "v5p:4x4x4", {}),
   Target("decode", "v5p:4x4x4", {}),
   # 32 nodes of eight, by arithmetic.
@@ -66,7 +67,7 @@ TARGETS = (
 _HEAD = (
   "stage",
   "topology",
-  "sequences of 131072",
+  "sequences",
   "arguments, GiB a device",
   "peak, of the device's",
   "model PF a step",
@@ -99,7 +100,7 @@ def row(target: Target, report: dict) -> tuple[str, ...]:
   head = (
     target.variant,
     f"{target.topology}, {report['chips']} chips",
-    str(report["global_batch"]),
+    f"{report['global_batch']} x {report['sequence_length']}",
   )
   if "peak_bytes_per_device" not in report:
     return (*head, "", f"does not fit {hbm}", *[""] * 5)

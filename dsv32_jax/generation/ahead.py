@@ -6,7 +6,6 @@ its cache holds, and the most likely token behind the last of them.
 
 import dataclasses
 import functools
-import math
 from typing import Literal
 
 from flax import nnx
@@ -78,7 +77,7 @@ def compile_step(config: ServeConfig, devices) -> tuple[report.Report, object]:
     report.DoesNotFit: if the step needs more memory than a device has.
   """
   mesh = sharding.make_mesh(config.mesh, devices)
-  shards = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+  shards = sharding.batch_shards(mesh)
   if config.batch_size % shards:
     raise ValueError(
       f"batch_size={config.batch_size} does not divide over the {shards}"

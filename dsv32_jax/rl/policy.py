@@ -8,6 +8,7 @@ import numpy as np
 
 from dsv32_jax import sharding
 from dsv32_jax.data import tokenizer as tokenizer_lib
+from dsv32_jax.model import fresh
 from dsv32_jax.model import transformer
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import learner
@@ -149,7 +150,7 @@ class Policy:
 
   def _restore(self) -> None:
     config, stage = self.config, self.config.learner.stage
-    model = model_checkpoint.abstract_model(
+    model = fresh.abstract_model(
       config.model,
       dtype=config.parameter_dtype,
       compute_dtype=config.compute_dtype,

@@ -284,22 +284,27 @@ def bytes_per_token(batch: ReplayBatch) -> dict[str, float]:
 
 def place(batch: ReplayBatch, mesh: jax.sharding.Mesh) -> ReplayBatch:
   """Lays a batch on a mesh: rows over the batch's axes, tokens over context."""
+  return jax.tree.map(jax.device_put, batch, layouts(batch, mesh))
 
-  def put(value, *axes):
+
+def layouts(batch: ReplayBatch, mesh: jax.sharding.Mesh) -> ReplayBatch:
+  """The sharding of each array of a batch, or of shapes of one."""
+
+  def layout(value, *axes):
     if value is None:
       return None
     spec = sharding.partition_spec(value.shape, axes, mesh)
-    return jax.device_put(value, jax.sharding.NamedSharding(mesh, spec))
+    return jax.sharding.NamedSharding(mesh, spec)
 
   rows, tokens = ("batch",), ("batch", "length")
   return ReplayBatch(
-    batch=jax.tree.map(lambda x_BT: put(x_BT, *tokens), batch.batch),
-    old_logp_BT=put(batch.old_logp_BT, *tokens),
-    ref_logp_BT=put(batch.ref_logp_BT, *tokens),
-    advantages_B=put(batch.advantages_B, *rows),
-    kl_weight_B=put(batch.kl_weight_B, *rows),
-    num_sequences=put(batch.num_sequences),
-    kept=logprobs.KeptSets(*(put(x, *tokens, None) for x in batch.kept)),
-    experts_LBTA=put(batch.experts_LBTA, None, *tokens, None),
-    selection_LBTS=put(batch.selection_LBTS, None, *tokens, None),
+    batch=jax.tree.map(lambda x_BT: layout(x_BT, *tokens), batch.batch),
+    old_logp_BT=layout(batch.old_logp_BT, *tokens),
+    ref_logp_BT=layout(batch.ref_logp_BT, *tokens),
+    advantages_B=layout(batch.advantages_B, *rows),
+    kl_weight_B=layout(batch.kl_weight_B, *rows),
+    num_sequences=layout(batch.num_sequences),
+    kept=logprobs.KeptSets(*(layout(x, *tokens, None) for x in batch.kept)),
+    experts_LBTA=layout(batch.experts_LBTA, None, *tokens, None),
+    selection_LBTS=layout(batch.selection_LBTS, None, *tokens, None),
   )

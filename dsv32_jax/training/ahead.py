@@ -1,7 +1,5 @@
 """A stage's step compiled ahead of time, for devices that need not exist."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -68,7 +66,7 @@ def abstract_batch(config: run.TrainConfig, mesh) -> batch_lib.Batch:
 def _check_batch(config, mesh):
   """Sequences that do not divide would be held by many devices at once."""
   rows = config.data.batch_size // config.microbatches
-  shards = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+  shards = sharding.batch_shards(mesh)
   if rows % shards:
     raise ValueError(
       f"a microbatch has {rows} sequences (data.batch_size="

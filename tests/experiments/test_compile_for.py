@@ -85,6 +85,30 @@ def test_reports_a_step_of_serving(variant, tmp_path):
   assert report["collectives"]["all-to-all"] > 0, "no expert exchange"
 
 
+@pytest.mark.slow
+def test_reports_a_step_of_grpo(tmp_path):
+  output = tmp_path / "report.json"
+  arguments = (
+    "--config=configs/rl.py:tiny",
+    "--config.model.num_layers=2",
+    "--config.mesh.data=1",
+    "--config.mesh.expert=2",
+    f"--output={output}",
+  )
+  finished = compile_for("--topology=cpu:2", *arguments)
+  assert finished.returncode == 0, finished.stderr
+  report = json.loads(output.read_text())
+  assert report["argument_bytes_per_device"] > 0
+  assert report["model_flops_per_step"] > 0
+  finished = compile_for(
+    "--topology=cpu:2",
+    *arguments,
+    "--config.prompts=1",
+    "--config.group_size=3",
+  )
+  assert_one_line(finished, "do not divide over the 2 shards")
+
+
 def test_gpus_are_counted_by_hand(tmp_path):
   arguments = (
     "--config=configs/deepseek_v32_671b.py:sparse",

@@ -9,6 +9,7 @@ from experiments import compile_table
 REPORT = {
   "chips": 128,
   "global_batch": 480,
+  "sequence_length": 131072,
   "hbm_bytes_per_device": 96 * 2**30,
   "argument_bytes_per_device": 7 * 2**30,
   "peak_bytes_per_device": 48 * 2**30,
@@ -27,7 +28,7 @@ def test_a_line_tells_what_was_reported():
   assert compile_table.row(TARGET, REPORT) == (
     "sparse",
     "tpu7x:4x4x8, 128 chips",
-    "480",
+    "480 x 131072",
     "7.0",
     "48.0 of 96.0",
     "20000",
@@ -41,7 +42,10 @@ def test_a_line_tells_what_was_reported():
 def test_what_does_not_fit_is_a_line():
   report = {
     name: REPORT[name]
-    for name in ("chips", "global_batch", "hbm_bytes_per_device")
+    for name in (
+      *("chips", "global_batch", "sequence_length"),
+      "hbm_bytes_per_device",
+    )
   }
   cells = compile_table.row(TARGET, report)
   assert cells[4] == "does not fit 96.0"
