@@ -46,6 +46,23 @@ def define_workdir_flag() -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
 
 
+def define_seeds_flag() -> None:
+  """Defines --seeds=N, how often an experiment is repeated."""
+  if "seeds" not in flags.FLAGS:
+    flags.DEFINE_integer("seeds", 1, "Independent repetitions.")
+
+
+def num_seeds() -> int:
+  """Returns --seeds.
+
+  Raises:
+    ValueError: if it is not positive.
+  """
+  if flags.FLAGS.seeds < 1:
+    raise ValueError(f"--seeds={flags.FLAGS.seeds} must be positive")
+  return flags.FLAGS.seeds
+
+
 def define_process_flags() -> None:
   """Defines the flags by which several processes become one program."""
   if "num_processes" in flags.FLAGS:

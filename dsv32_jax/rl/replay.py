@@ -27,6 +27,10 @@ from dsv32_jax.rl import logprobs
 # B batch, T tokens, N tokens of a trajectory, L layers, A experts a token,
 # S selected keys, K kept tokens
 
+# Kept sets of so many words are bits, whatever they hold: a list may take fewer
+# bytes, but each length of list is compiled anew.
+_FEW_WORDS = 16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trajectory:
@@ -239,7 +243,7 @@ def _token_batch(rows, mask_BT, config) -> batch_lib.Batch:
 
 
 def _pack_kept(rows, vocab_size) -> logprobs.KeptSets:
-  """Ids if the largest set takes fewer bytes so, else bits."""
+  """Ids if the largest set takes fewer bytes so, and bits many; else bits."""
   placed = [
     (row, place - 1, np.asarray(ids, np.int64))
     for row, trajectory in enumerate(rows.trajectories)
@@ -254,7 +258,7 @@ def _pack_kept(rows, vocab_size) -> logprobs.KeptSets:
   largest = max(len(ids) for _, _, ids in placed)
   # A power of two, so that few shapes are compiled.
   width, words = 1 << (largest - 1).bit_length(), math.ceil(vocab_size / 32)
-  if width < words:
+  if words > _FEW_WORDS and width < words:
     ids_BTK = np.full((*rows.shape, width), -1, np.int32)
     for row, place, ids in placed:
       ids_BTK[row, place, : len(ids)] = ids

@@ -124,6 +124,7 @@ class Sampler:
     """Draws and scores the groups of a number."""
     config = self._config
     evaluation, held_out = config.evaluation, None
+    arrived = time.perf_counter()
     if evaluation is not None and number % evaluation.every == 0:
       held_out = self.pass_at_1()
     first = number * config.prompts
@@ -152,7 +153,11 @@ class Sampler:
       groups=_grouped(trajectories, config.group_size),
       rewards=_grouped(rewards, config.group_size),
       truncated=float(np.mean(cut)),
-      seconds={"sampling": drawn - start, "scoring": scored - drawn},
+      seconds={
+        "evaluation": start - arrived,
+        "sampling": drawn - start,
+        "scoring": scored - drawn,
+      },
       held_out=held_out,
     )
 

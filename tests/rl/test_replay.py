@@ -50,15 +50,21 @@ def packed(*trajectories, rows=4, lengths=(8, 16), config=CONFIG):
   )
 
 
-@pytest.mark.parametrize("kept_size", [1, 40])
-def test_every_value_lies_where_its_token_is_drawn(kept_size):
+@pytest.mark.parametrize(
+  "vocab_size, kept_size, as_bits",
+  [(61, 1, True), (61, 40, True), (1000, 1, False), (1000, 40, True)],
+)
+def test_every_value_lies_where_its_token_is_drawn(
+  vocab_size, kept_size, as_bits
+):
   given = [
     trajectory(seed, length, kept_size=kept_size)
     for seed, length in ((0, 9), (1, 14), (2, 5))
   ]
-  got = packed(*given)
+  config = dataclasses.replace(CONFIG, vocab_size=vocab_size)
+  got = packed(*given, config=config)
   assert got.batch.tokens_BT.shape == (4, 16)
-  assert (got.kept.bits_BTW is None) == (kept_size == 1)
+  assert (got.kept.ids_BTK is None) == as_bits
   for row, one in enumerate(given):
     length = len(one.token_ids_N)
     for t in range(16):

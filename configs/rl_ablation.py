@@ -1,0 +1,54 @@
+"""The four stabilisers on sorting, under staleness and a mismatched sampler.
+
+python -m experiments.rl_ablation --config=configs/rl_ablation.py \
+  --config.init_from=SHOWN/seed_0/start/checkpoints \
+  --config.tokenizer.path=SHOWN/seed_0/tokenizer.json --workdir=DIR --seeds=3
+
+The sampler's weights are rounded to 8 bits and it draws from a nucleus; it gets
+the policy every other rollout, and each rollout is four steps. Variants: full,
+smoke.
+"""
+
+import dataclasses
+
+from configs import rl
+from dsv32_jax.rl import run_config
+from dsv32_jax.training import checkpoint
+from dsv32_jax.verifiers.tasks import mixture
+from experiments import common
+
+
+def full() -> run_config.RlConfig:
+  config = rl.tiny(
+    tasks=(mixture.TaskConfig(kind="sorting", size=3, largest=20),),
+    rollouts=40,
+    weights_every=2,
+    evaluation=run_config.EvaluationConfig(every=40, problems=400),
+    checkpoint=checkpoint.CheckpointConfig(every_steps=20, max_to_keep=1),
+  )
+  learner = config.learner
+  return dataclasses.replace(
+    config,
+    learner=dataclasses.replace(
+      learner,
+      grpo=dataclasses.replace(learner.grpo, kl_weight=0.02),
+      minibatches=4,
+    ),
+    sampler=dataclasses.replace(
+      config.sampler, top_p=0.9, weights="float8_e4m3fn"
+    ),
+  )
+
+
+def smoke() -> run_config.RlConfig:
+  return dataclasses.replace(
+    full(),
+    rollouts=2,
+    prompts=2,
+    group_size=4,
+    evaluation=run_config.EvaluationConfig(every=2, problems=4),
+  )
+
+
+def get_config(variant: str = "full"):
+  return common.config_variant({"full": full, "smoke": smoke}, variant)

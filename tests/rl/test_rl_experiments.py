@@ -1,0 +1,102 @@
+"""The comparisons of RL: what they hold apart, what they vary."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from configs import rl_ablation
+from configs import rl_shown
+from dsv32_jax import config_files
+from dsv32_jax.rl import ablation
+from dsv32_jax.rl import once
+from dsv32_jax.rl import run_config
+from dsv32_jax.rl import sampling
+from dsv32_jax.rl import shown
+from dsv32_jax.verifiers import tasks
+from tests.support import models
+
+SHOWN = config_files.build(shown.ShownConfig, rl_shown.get_config())
+ABLATION = config_files.build(run_config.RlConfig, rl_ablation.get_config())
+
+
+def contents(problems):
+  return {(problem.task, problem.content) for problem in problems}
+
+
+def test_nothing_held_out_is_learned_from():
+  held_out = contents(sampling.held_out_problems(SHOWN.rl))
+  solved = contents(shown.solved_problems(SHOWN))
+  mixture = tasks.Mixture(SHOWN.rl.tasks, split="train", seed=SHOWN.rl.seed)
+  posed = contents(
+    mixture.problem(number)
+    for number in range(SHOWN.rl.rollouts * SHOWN.rl.prompts)
+  )
+  assert len(held_out) == 400 and len(solved) == SHOWN.solved
+  assert not held_out & solved and not held_out & posed
+
+
+def test_the_reward_is_the_verifier_alone():
+  problem = shown.solved_problems(SHOWN)[0]
+  assert SHOWN.rl.reward.format_weight == SHOWN.rl.reward.language_weight == 0
+  assert SHOWN.rl.reward.length is None
+  assert problem.score(problem.messages()[-1]["content"]).value == 1
+
+
+def test_an_arm_turns_off_what_it_says():
+  def switches(arm):
+    learner = ablation.ARMS[arm](ABLATION.learner)
+    rest = dataclasses.replace(
+      learner,
+      grpo=ABLATION.learner.grpo,
+      keep_routing=True,
+      keep_sampling_mask=True,
+    )
+    assert rest == ABLATION.learner
+    return (
+      learner.grpo.unbiased_kl,
+      learner.grpo.off_policy_threshold is not None,
+      learner.keep_routing,
+      learner.keep_sampling_mask,
+    )
+
+  on = np.ones(4, bool)
+  want = [on, *(on & ~np.eye(4, dtype=bool)), ~on]
+  assert [switches(arm) for arm in ablation.ARMS] == [
+    tuple(row.tolist()) for row in want
+  ]
+
+
+def test_an_ablation_needs_something_to_stabilise():
+  ablation.check(ABLATION)
+  same = dataclasses.replace(ABLATION.sampler, weights="same")
+  with pytest.raises(ValueError, match=r"sampler\.weights"):
+    ablation.check(dataclasses.replace(ABLATION, sampler=same))
+  free = dataclasses.replace(ABLATION.learner, keep_routing=False)
+  with pytest.raises(ValueError, match=r"learner\.keep_routing"):
+    ablation.check(dataclasses.replace(ABLATION, learner=free))
+
+
+def test_a_result_is_computed_once(tmp_path):
+  calls = []
+
+  def compute():
+    calls.append(None)
+    return {"value": [1, 2.5, None]}
+
+  path = str(tmp_path / "result.json")
+  assert once.once(path, compute) == once.once(path, compute)
+  assert len(calls) == 1
+
+
+def test_a_rounded_hand_over_changes_matrices_only():
+  model = models.tiny_model(num_layers=2, num_mtp_layers=0)
+  rounded = sampling.handed_over(model, "float8_e4m3fn")
+  kernel, other = model.head.kernel[...], rounded.head.kernel[...]
+  gap = np.abs(np.asarray(kernel - other)) / np.abs(np.asarray(kernel))
+  normal = np.abs(np.asarray(kernel)) > 2**-6
+  # Three bits of mantissa: half a unit in the last place is 1/16.
+  assert 0 < gap[normal].max() <= 1 / 16
+  np.testing.assert_array_equal(
+    model.final_norm.scale[...], rounded.final_norm.scale[...]
+  )
