@@ -1,0 +1,1 @@
+"""Environments for others, and others as environments; each needs an extra."""
