@@ -36,6 +36,8 @@ RULES = {
   "heads": ("tensor",),
   "ffn": ("tensor",),
   "experts": ("expert",),
+  # Of a sampler's cache: what devices hold of it adds up.
+  "pages": AXES,
 }
 
 
@@ -156,6 +158,17 @@ def placed(state, mesh: Mesh | None):
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding of a value that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def page_sharding(mesh: Mesh, shape) -> NamedSharding:
+  """The sharding of an array whose first axis counts the pages of a cache."""
+  axes = ("pages",) + (None,) * (len(shape) - 1)
+  return NamedSharding(mesh, partition_spec(shape, axes, mesh))
+
+
+def on_mesh() -> bool:
+  """Whether what is traced now is for the devices of a mesh."""
+  return _active_mesh() is not None
 
 
 def batch_sharding(mesh: Mesh, shape) -> NamedSharding:

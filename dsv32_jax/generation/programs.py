@@ -2,8 +2,11 @@
 
 Two shapes of one program serve everything: a token of each of `max_batch`
 sequences, and `prefill_chunk` tokens of one; both for some numbers of pages.
+Where the model's weights lie on a mesh, its devices share the work by the rules
+of sharding.py, and each holds its part of the pages.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -156,8 +159,12 @@ class Programs:
   """Holds weights and pages, and runs steps."""
 
   def __init__(self, model: transformer.Transformer, config: EngineConfig):
+    """Takes the model's weights, and the mesh they lie on, if any."""
     self.model_config = model.config
-    self._graph, self._state = nnx.split(model.unstacked())
+    layout = jax.tree.leaves(nnx.state(model))[0].sharding
+    is_on_mesh = isinstance(layout, jax.sharding.NamedSharding)
+    self._mesh = layout.mesh if is_on_mesh else None
+    self._graph, self._state = self._split(model)
     self.num_pages = config.pages_for(model.config, model.compute_dtype)
     pages = cache_lib.empty_pages(
       model.config,
@@ -167,9 +174,12 @@ class Programs:
       eight_bit_index=config.eight_bit_index,
     )
     # Arrays that no device was named for would compile the program again.
-    layout = jax.tree.leaves(self._state)[0].sharding
-    if isinstance(layout, jax.sharding.NamedSharding):
-      layout = sharding.replicated(layout.mesh)
+    results = None
+    if self._mesh is not None:
+      layout = jax.tree.map(
+        lambda array: sharding.page_sharding(self._mesh, array.shape), pages
+      )
+      results = (layout, sharding.replicated(self._mesh))
     self._pages = jax.device_put(pages, layout)
     options = attention.AttentionOptions(
       select=selection.TopK(model.config.index_top_k),
@@ -177,7 +187,16 @@ class Programs:
     )
     run = functools.partial(_run, self._graph, options)
     # The old pages are given up, so that tokens are written in place.
-    self._run = jax.jit(run, donate_argnums=1)
+    self._run = jax.jit(run, donate_argnums=1, out_shardings=results)
+
+  def _split(self, model):
+    """Unstacks the layers and lays each out as the rules of the mesh say."""
+    graph, state = nnx.split(model.unstacked())
+    if self._mesh is not None:
+      state = jax.device_put(
+        state, sharding.parameter_shardings(state, self._mesh)
+      )
+    return graph, state
 
   def load(self, model: transformer.Transformer) -> None:
     """Takes another model's weights; what is compiled serves on.
@@ -185,7 +204,7 @@ class Programs:
     Raises:
       ValueError: if that model has another shape.
     """
-    graph, state = nnx.split(model.unstacked())
+    graph, state = self._split(model)
     if graph != self._graph:
       raise ValueError("the model's shape is not that of the engine's model")
     self._state = state
@@ -201,7 +220,10 @@ class Programs:
     self._pages = jax.tree.map(fresh, self._pages)
 
   def __call__(self, call: Call) -> Result:
-    self._pages, result = self._run(self._state, self._pages, call)
+    with contextlib.ExitStack() as stack:
+      if self._mesh is not None:
+        stack.enter_context(jax.set_mesh(self._mesh))
+      self._pages, result = self._run(self._state, self._pages, call)
     return result
 
 

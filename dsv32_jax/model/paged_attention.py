@@ -1,11 +1,12 @@
 """Attention over a cache in pages: what is read of them, and by whom.
 
-All queries look into the same pages, so that no sequence's latents are copied
-out of them: the selected rows are fetched from where they lie.
+No sequence's latents are copied out of the pages: index keys are scored, and
+the selected rows fetched, where they lie.
 """
 
 import jax.numpy as jnp
 
+from dsv32_jax import sharding
 from dsv32_jax.model import attention as attention_lib
 from dsv32_jax.model import cost_rule
 from dsv32_jax.model import selection as selection_lib
@@ -86,10 +87,18 @@ def attend(
     value_up_CHV: expansion of latents to values.
     scale: softmax scale.
   """
-  dtype = query[0].dtype
   batch, length = query[0].shape[:2]
   rows_BTN = held.rows(chosen.indices_BTN)
-  kernels = cost_rule.choose_kernels(options, length, dtype)
+  ups = (key_up_CHN.astype(query[0].dtype), value_up_CHV.astype(query[0].dtype))
+  run = _attend_on_mesh if sharding.on_mesh() else _attend_in_place
+  values = run(held, query, rows_BTN, sight, options, ups, scale)
+  return values.reshape(batch, length, *values.shape[2:])
+
+
+def _attend_in_place(held, query, rows_BTN, sight, options, ups, scale):
+  """All queries look into the same pages, as if they were one sequence."""
+  batch, length, _ = rows_BTN.shape
+  kernels = cost_rule.choose_kernels(options, length, query[0].dtype)
   if kernels.startswith("tpu"):
     # They want ascending rows; elsewhere the sum keeps the order of slots,
     # so that a result does not depend on which pages were free.
@@ -101,23 +110,51 @@ def attend(
   def one_row(array_BTX):
     return array_BTX.reshape(1, batch * length, *array_BTX.shape[2:])
 
-  projected = attention_lib.Projected(
-    *(one_row(part) for part in query),
-    *(
-      pages.reshape(1, -1, pages.shape[-1])
-      for pages in (held.latent_PZC, held.key_rope_PZR)
-    ),
-    key_up_CHN.astype(dtype),
-    value_up_CHV.astype(dtype),
+  keys = (
+    pages.reshape(1, -1, pages.shape[-1])
+    for pages in (held.latent_PZC, held.key_rope_PZR)
   )
   values_1XHV, _ = attention_lib.attend(
     options,
     "gathered",
-    projected,
+    attention_lib.Projected(*map(one_row, query), *keys, *ups),
     selection_lib.Selection(None, one_row(rows_BTN), None),
     selection_lib.Visibility(one_row(sight.slots_BT), None, None),
     None,
     None,
     scale=scale,
   )
-  return values_1XHV.reshape(batch, length, *values_1XHV.shape[2:])
+  return values_1XHV
+
+
+def _attend_on_mesh(held, query, rows_BTN, sight, options, ups, scale):
+  """Each query gets its own rows, which come from the devices that hold them.
+
+  To gather whole pages would take every device the memory of all.
+  """
+  batch, length, count = rows_BTN.shape
+  rows_XN = rows_BTN.reshape(batch * length, count)
+
+  def each_query(array_BTX):
+    return array_BTX.reshape(batch * length, 1, *array_BTX.shape[2:])
+
+  def fetch(pages):
+    rows_SX = pages.reshape(-1, pages.shape[-1])
+    return jnp.take(rows_SX, jnp.maximum(rows_XN, 0), axis=0, mode="clip")
+
+  place_X1N = jnp.where(rows_XN < 0, -1, jnp.arange(count))[:, None]
+  values_X1HV, _ = attention_lib.attend(
+    options,
+    "gathered",
+    attention_lib.Projected(
+      *map(each_query, query),
+      *map(fetch, (held.latent_PZC, held.key_rope_PZR)),
+      *ups,
+    ),
+    selection_lib.Selection(None, place_X1N, None),
+    selection_lib.Visibility(each_query(sight.slots_BT), None, None),
+    None,
+    None,
+    scale=scale,
+  )
+  return values_X1HV
