@@ -1,9 +1,10 @@
 """Continuous batching: requests join and leave the running batch at any step.
 
 A step takes one chunk of the oldest prompt that is not yet in the cache, and
-one token of every sequence whose prompt is. Pages are taken as tokens come;
-when none is left the youngest sequence gives its pages back, waits, and is
-computed again later: what it has drawn stays drawn.
+one token of every sequence whose prompt is, or that one and its draft by the
+multi-token prediction module. Pages are taken as tokens come; when none is left
+the youngest sequence gives its pages back, waits, and is computed again later:
+what it has drawn stays drawn.
 
 Work follows the pages in use: a step runs at the smallest compiled number of
 pages that its longest sequence needs, and `warm_up` compiles them all. A row's
@@ -63,20 +64,30 @@ class Engine:
     self._submitted = 0
     self._live: dict[str, sequence.Sequence] = {}
     self._cancelled: list[sequence.Sequence] = []
-    self._counts = dict(prompt_tokens=0, shared_tokens=0, drawn_tokens=0)
+    self._counts = dict(
+      prompt_tokens=0,
+      shared_tokens=0,
+      drawn_tokens=0,
+      drafted_tokens=0,
+      accepted_tokens=0,
+    )
+    # Tokens of a sequence that a step runs when its prompt is in the cache.
+    self._decoded = 2 if config.speculate else 1
 
   def warm_up(self) -> None:
     """Compiles every program that requests can ask for."""
     for num_pages in self.config.compiled_page_counts:
-      for batch, length in (
-        (1, self.config.prefill_chunk),
-        (self.config.max_batch, 1),
+      for batch, length, is_chunk in (
+        (1, self.config.prefill_chunk, True),
+        (self.config.max_batch, self._decoded, False),
       ):
         self._call(
           [None] * batch,
           np.zeros((batch, length), np.int32),
+          np.full((batch, length), -1, np.int32),
           np.zeros((batch,), np.int32),
           num_pages=num_pages,
+          is_chunk=is_chunk,
         )
 
   def submit(self, request: requests_lib.Request) -> str:
@@ -215,7 +226,9 @@ class Engine:
     del self._live[one.request_id]
     self._scheduler.remove(one)
 
-  def _call(self, sequences, tokens_BT, count_B, *, num_pages=None):
+  def _call(
+    self, sequences, tokens_BT, next_BT, count_B, *, is_chunk, num_pages=None
+  ):
     """Runs a step; the n-th row is of the n-th sequence, None runs nothing.
 
     The longest sequence decides what `num_pages` is, where it is not given.
@@ -239,9 +252,8 @@ class Engine:
       [one.num_drawn if one else 0 for one in sequences],
       self._vocab_size,
     )
-    return self._programs(
-      programs.Call(tokens_BT, length_B, count_B, table_BM, rows)
-    )
+    call = programs.Call(tokens_BT, next_BT, length_B, count_B, table_BM, rows)
+    return self._programs(call, is_chunk=is_chunk)
 
   def _prefill(self) -> list[requests_lib.TokenEvent]:
     ready = [
@@ -255,51 +267,86 @@ class Engine:
     start, end = one.held, min(one.held + chunk, one.prefill_end)
     if not self._scheduler.ensure(one, end):
       return []
+    count = end - start
     tokens_BT = np.zeros((1, chunk), np.int32)
-    tokens_BT[0, : end - start] = one.tokens[start:end]
-    result = self._call([one], tokens_BT, np.asarray([end - start], np.int32))
-    self._counts["prompt_tokens"] += end - start
-    record = sequence.record_of(one, result, 0, end - start)
+    tokens_BT[0, :count] = one.tokens[start:end]
+    next_BT = np.full((1, chunk), -1, np.int32)
+    known = one.tokens[start + 1 : end + 1]
+    next_BT[0, : len(known)] = known
+    result = self._call(
+      [one], tokens_BT, next_BT, np.asarray([count], np.int32), is_chunk=True
+    )
+    self._counts["prompt_tokens"] += count
+    record = sequence.record_of(one, result, 0, slice(count))
     one.add_record(start, record)
     one.held = end
     self._scheduler.remember(one, start, record)
     if one.held < one.prefill_end or one.num_drawn:
       return []
-    return [
-      self._accept(one, *sequence.fetch(one, result, 0, self._vocab_size))
-    ]
+    fetched = sequence.fetch(one, result, 0, 0, self._vocab_size)
+    self._take_draft(one, result, 0)
+    return [self._accept(one, *fetched)]
 
   def _decode(self) -> list[requests_lib.TokenEvent]:
     rows = self._scheduler.rows
     for one in self._scheduler.running():
-      is_ready = one.num_drawn and one.held == len(one.tokens) - 1
-      if is_ready and one in rows:
-        self._scheduler.ensure(one, len(one.tokens))
-    sequences = [
-      one if one and one.num_drawn and one.held == len(one.tokens) - 1 else None
-      for one in rows
-    ]
+      if one.is_ready and one in rows:
+        self._scheduler.ensure(one, len(one.tokens) + one.may_draft)
+    sequences = [one if one and one.is_ready else None for one in rows]
     if not any(sequences):
       return []
-    batch = len(sequences)
-    tokens_BT, count_B = (
-      np.zeros((batch, 1), np.int32),
-      np.zeros((batch,), np.int32),
-    )
+    shape = (len(sequences), self._decoded)
+    tokens_BT = np.zeros(shape, np.int32)
+    count_B = np.zeros(shape[:1], np.int32)
     for row, one in enumerate(sequences):
       if one:
-        tokens_BT[row, 0], count_B[row] = one.tokens[-1], 1
-    result = self._call(sequences, tokens_BT, count_B)
+        run = [one.tokens[-1], one.draft] if one.may_draft else one.tokens[-1:]
+        tokens_BT[row, : len(run)], count_B[row] = run, len(run)
+    result = self._call(
+      sequences,
+      tokens_BT,
+      np.full(shape, -1, np.int32),
+      count_B,
+      is_chunk=False,
+    )
     events = []
     for row, one in enumerate(sequences):
       if one:
-        one.add_record(one.held, sequence.record_of(one, result, row, 1))
-        one.held += 1
-        fetched = sequence.fetch(one, result, row, self._vocab_size)
-        events.append(self._accept(one, *fetched))
+        events.extend(self._advance(one, result, row))
     return events
 
-  def _accept(self, one, token, logprob, kept) -> requests_lib.TokenEvent:
+  def _advance(self, one, result, row) -> list[requests_lib.TokenEvent]:
+    """Takes the token drawn, and the one behind it if the draft was right.
+
+    Each is the model's own draw behind the tokens before it, whatever was
+    drafted: a draft decides how many are drawn at once, never which.
+    """
+    fetched = sequence.fetch(one, result, row, 0, self._vocab_size)
+    is_right = None
+    if one.may_draft:
+      is_right = one.draft == fetched[0]
+      self._counts["drafted_tokens"] += 1
+      self._counts["accepted_tokens"] += is_right
+    self._take_draft(one, result, row)
+    events = []
+    for turn in range(2 if is_right else 1):
+      record = sequence.record_of(one, result, row, slice(turn, turn + 1))
+      one.add_record(one.held, record)
+      one.held += 1
+      if turn:
+        fetched = sequence.fetch(one, result, row, turn, self._vocab_size)
+      events.append(self._accept(one, *fetched, None if turn else is_right))
+      if events[-1].finish_reason is not None:
+        break
+    return events
+
+  def _take_draft(self, one, result, row):
+    if result.draft_B is not None:
+      one.draft = int(np.asarray(result.draft_B)[row])
+
+  def _accept(
+    self, one, token, logprob, kept, is_as_drafted=None
+  ) -> requests_lib.TokenEvent:
     """Appends a drawn token; ends the request where it ends."""
     one.tokens.append(token)
     self._counts["drawn_tokens"] += 1
@@ -316,4 +363,5 @@ class Engine:
       kept_ids=kept,
       experts_LNA=joined.experts_LNA,
       selection_LNS=joined.selection_LNS,
+      is_as_drafted=is_as_drafted,
     )

@@ -44,6 +44,8 @@ class EngineConfig:
     page_counts: numbers of pages of a sequence that steps are compiled for;
       the largest holds max_length tokens. Default: doubled from those of
       LEAST_TOKENS on.
+    speculate: draft a token with the model's multi-token prediction module and
+      run it with the one before.
     index_key_format: "model" keeps index keys in the type of the activations;
       "fp8" in 8 bits with a scale, and scores as the official 8-bit indexer.
     seed: of the seeds of requests that bring none.
@@ -56,6 +58,7 @@ class EngineConfig:
   prefill_chunk: int = 256
   max_length: int = 4096
   page_counts: tuple[int, ...] | None = None
+  speculate: bool = False
   index_key_format: str = "model"
   seed: int = 0
 
@@ -118,7 +121,10 @@ class EngineConfig:
       pages = self.num_pages
     else:
       token = cache_lib.bytes_per_token(
-        config, dtype=dtype, eight_bit_index=self.eight_bit_index
+        config,
+        dtype=dtype,
+        eight_bit_index=self.eight_bit_index,
+        with_mtp=self.speculate,
       )
       pages = self.memory_budget_bytes // (token * self.page_size)
     if pages < 1:
@@ -134,13 +140,16 @@ class Call(NamedTuple):
 
   Attributes:
     tokens_BT: int32 tokens to run.
+    next_BT: int32 token behind each, for the MTP module; -1: the one that is
+      drawn there.
     length_B: int32 tokens that each sequence has in the cache.
     count_B: int32 how many of its tokens are real.
     table_BM: int32 pages of each sequence.
-    rows: how to draw behind its last real token.
+    rows: how to draw.
   """
 
   tokens_BT: np.ndarray
+  next_BT: np.ndarray
   length_B: np.ndarray
   count_B: np.ndarray
   table_BM: np.ndarray
@@ -148,9 +157,18 @@ class Call(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What one step gives: a draw a row, and what the model chose."""
+  """What one step gives.
+
+  Attributes:
+    drawn: with an axis of Y draws behind the one of sequences: of a chunk the
+      token behind its last real one, else one behind each token.
+    draft_B: int32 guess at the token behind the last one drawn, or None.
+    experts_LBTA: routing of each token, or None.
+    selection_LBTS: keys that each token attended to.
+  """
 
   drawn: sampler.Drawn
+  draft_B: jax.Array | None
   experts_LBTA: jax.Array | None
   selection_LBTS: jax.Array
 
@@ -159,8 +177,17 @@ class Programs:
   """Holds weights and pages, and runs steps."""
 
   def __init__(self, model: transformer.Transformer, config: EngineConfig):
-    """Takes the model's weights, and the mesh they lie on, if any."""
-    self.model_config = model.config
+    """Takes the model's weights, and the mesh they lie on, if any.
+
+    Raises:
+      ValueError: if the cache has no page, or there is nothing to draft with.
+    """
+    if config.speculate and model.mtp is None:
+      raise ValueError(
+        f"speculate={config.speculate}: the model's num_mtp_layers="
+        f"{model.config.num_mtp_layers}"
+      )
+    self._speculate = config.speculate
     layout = jax.tree.leaves(nnx.state(model))[0].sharding
     is_on_mesh = isinstance(layout, jax.sharding.NamedSharding)
     self._mesh = layout.mesh if is_on_mesh else None
@@ -172,6 +199,7 @@ class Programs:
       config.page_size,
       dtype=model.compute_dtype,
       eight_bit_index=config.eight_bit_index,
+      with_mtp=config.speculate,
     )
     # Arrays that no device was named for would compile the program again.
     results = None
@@ -187,11 +215,19 @@ class Programs:
     )
     run = functools.partial(_run, self._graph, options)
     # The old pages are given up, so that tokens are written in place.
-    self._run = jax.jit(run, donate_argnums=1, out_shardings=results)
+    self._run = jax.jit(
+      run,
+      donate_argnums=1,
+      out_shardings=results,
+      static_argnames="is_chunk",
+    )
 
   def _split(self, model):
     """Unstacks the layers and lays each out as the rules of the mesh say."""
-    graph, state = nnx.split(model.unstacked())
+    model = model.unstacked()
+    if not self._speculate:
+      model.mtp = None
+    graph, state = nnx.split(model)
     if self._mesh is not None:
       state = jax.device_put(
         state, sharding.parameter_shardings(state, self._mesh)
@@ -219,36 +255,84 @@ class Programs:
 
     self._pages = jax.tree.map(fresh, self._pages)
 
-  def __call__(self, call: Call) -> Result:
+  def __call__(self, call: Call, *, is_chunk: bool) -> Result:
+    """Runs a step; `is_chunk` of one chunk of a prompt."""
     with contextlib.ExitStack() as stack:
       if self._mesh is not None:
         stack.enter_context(jax.set_mesh(self._mesh))
-      self._pages, result = self._run(self._state, self._pages, call)
+      self._pages, result = self._run(
+        self._state, self._pages, call, is_chunk=is_chunk
+      )
     return result
 
 
-def _run(graph, options, state, pages, call):
+def _run(graph, options, state, pages, call, *, is_chunk):
   model = nnx.merge(graph, state)
-
-  def paged(layers):
-    made = tuple(
+  dense, moe, mtp = (
+    tuple(
       cache_lib.PagedLayerCache(*arrays, call.table_BM, call.count_B)
       for arrays in layers
     )
-    return made or None
-
-  cache = cache_lib.Cache(*map(paged, pages), call.length_B)
+    for layers in pages
+  )
+  cache = cache_lib.Cache(dense or None, moe or None, call.length_B)
   output = model(
     call.tokens_BT, cache=cache, options=options, with_logits=False, record=True
   )
-  last_B11 = jnp.maximum(call.count_B - 1, 0)[:, None, None]
-  hidden_B1D = jnp.take_along_axis(output.hidden, last_B11, axis=1)
-  drawn = sampler.draw(model.head(hidden_B1D)[:, 0], call.rows)
+  last_B = jnp.maximum(call.count_B - 1, 0)
+  place_BY = last_B[:, None]
+  if not is_chunk:
+    place_BY = jnp.arange(call.tokens_BT.shape[1])[None]
+  drawn = _draw(model, output.hidden, place_BY, call.rows)
+  draft_B = None
+  if mtp:
+    draft_B, *mtp = _draft(model, options, output.hidden, call, drawn, mtp[0])
   written = tuple(
     tuple(layer[:4] for layer in layers or ())
-    for layers in (output.cache.dense, output.cache.moe)
+    for layers in (output.cache.dense, output.cache.moe, mtp)
   )
   experts_LBTA = None if output.moe is None else output.moe.experts_BTA
   if experts_LBTA is not None and model.config.num_experts <= 256:
     experts_LBTA = experts_LBTA.astype(jnp.uint8)
-  return written, Result(drawn, experts_LBTA, output.gather("selection"))
+  chosen = output.gather("selection")
+  return written, Result(drawn, draft_B, experts_LBTA, chosen)
+
+
+def _draw(model, hidden_BTD, place_BY, rows):
+  """Draws behind some of the tokens, one behind the other: Drawn of [B,Y]."""
+  hidden_BYD = jnp.take_along_axis(hidden_BTD, place_BY[..., None], axis=1)
+  batch, count, width = hidden_BYD.shape
+  hidden_X1D = hidden_BYD.reshape(batch * count, 1, width)
+  drawn = sampler.draw(
+    model.head(hidden_X1D)[:, 0], sampler.in_turn(rows, count)
+  )
+  return jax.tree.map(
+    lambda part: part.reshape(batch, count, *part.shape[1:]), drawn
+  )
+
+
+def _draft(model, options, hidden_BTD, call, drawn, held):
+  """Guesses the token behind the last one drawn that stands.
+
+  The guess is drawn from the module's distribution with the very noise that the
+  model's own draw will use: the nearer the two distributions, the oftener both
+  give the same token.
+
+  Returns:
+    draft_B, and the module's cache.
+  """
+  token_BY = drawn.token_B
+  next_BT = jnp.where(call.next_BT < 0, token_BY, call.next_BT)
+  hidden_BTD, held = model.predict_behind(
+    hidden_BTD, next_BT, held, call.length_B, options
+  )
+  last_B = jnp.maximum(call.count_B - 1, 0)
+  ahead_B = jnp.ones_like(last_B)
+  if token_BY.shape[1] > 1:
+    # The second draw stands if the first one is the draft that was run.
+    stands_B = (call.count_B > 1) & (token_BY[:, 0] == call.tokens_BT[:, 1])
+    last_B = stands_B.astype(jnp.int32)
+    ahead_B = ahead_B + last_B
+  rows = call.rows._replace(step_B=call.rows.step_B + ahead_B)
+  guess = _draw(model, hidden_BTD, last_B[:, None], rows)
+  return guess.token_B[:, 0], held

@@ -120,6 +120,7 @@ class TokenEvent:
     experts_LNA: uint8 or int32 routing of the tokens that were run through
       the model since the last event (the prompt, on the first), if wanted.
     selection_LNS: int32 selected keys of the same tokens, padded with -1.
+    is_as_drafted: whether the token had been drafted; None: no draft was there.
   """
 
   request_id: str
@@ -129,6 +130,7 @@ class TokenEvent:
   kept_ids: np.ndarray | None = None
   experts_LNA: np.ndarray | None = None
   selection_LNS: np.ndarray | None = None
+  is_as_drafted: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,8 @@ class Completion:
     experts_LNA: routing of prompt and answer but for the last token, which
       was only drawn; None if not wanted.
     selection_LNS: selected keys of the same tokens; None if not wanted.
+    num_drafted: tokens that a draft was there for.
+    num_accepted: those of them that were drawn as drafted.
   """
 
   request_id: str
@@ -156,11 +160,14 @@ class Completion:
   kept: tuple[np.ndarray | None, ...]
   experts_LNA: np.ndarray | None = None
   selection_LNS: np.ndarray | None = None
+  num_drafted: int = 0
+  num_accepted: int = 0
 
 
 def collect(request_id, prompt_ids, events: Sequence[TokenEvent]) -> Completion:
   """Joins the events of one request; the last one carries the reason."""
   drawn = [event for event in events if event.token_id is not None]
+  drafted = [e for e in events if e.is_as_drafted is not None]
 
   def joined(name):
     parts = [getattr(event, name) for event in events]
@@ -176,6 +183,8 @@ def collect(request_id, prompt_ids, events: Sequence[TokenEvent]) -> Completion:
     kept=tuple(event.kept_ids for event in drawn),
     experts_LNA=joined("experts_LNA"),
     selection_LNS=joined("selection_LNS"),
+    num_drafted=len(drafted),
+    num_accepted=sum(event.is_as_drafted for event in drafted),
   )
 
 

@@ -84,6 +84,13 @@ def rows(
   )
 
 
+def in_turn(rows: Rows, count: int) -> Rows:
+  """Repeats each row `count` times, for draws one behind the other."""
+  repeated = Rows(*(jnp.repeat(part, count, axis=0) for part in rows))
+  turn_X = jnp.tile(jnp.arange(count, dtype=jnp.int32), len(rows.step_B))
+  return repeated._replace(step_B=repeated.step_B + turn_X)
+
+
 def truncate(logits_BV, rows: Rows):
   """Divides by the temperature and sets to -inf what may not be drawn.
 

@@ -20,6 +20,7 @@ class Sequence:
     tokens: prompt and drawn tokens.
     held: how many of them the cache has.
     pages: its pages.
+    draft: a guess at the token behind the last one, or None.
     recorded: tokens whose records are in `pending` or in past events.
     pending: Record since the last event.
   """
@@ -31,6 +32,7 @@ class Sequence:
   tokens: list[int]
   held: int = 0
   pages: list[int] = dataclasses.field(default_factory=list)
+  draft: int | None = None
   recorded: int = 0
   pending: list[pages_lib.Record] = dataclasses.field(default_factory=list)
 
@@ -41,6 +43,17 @@ class Sequence:
   @property
   def num_drawn(self) -> int:
     return len(self.tokens) - self.prompt_length
+
+  @property
+  def is_ready(self) -> bool:
+    """Whether all but the last drawn token is in the cache."""
+    return self.num_drawn > 0 and self.held == len(self.tokens) - 1
+
+  @property
+  def may_draft(self) -> bool:
+    """Whether there is a draft, and room for a token behind the next one."""
+    room = self.request.sampling.max_tokens - self.num_drawn
+    return self.draft is not None and room > 1
 
   @property
   def prefill_end(self) -> int:
@@ -81,27 +94,27 @@ def finish_reason(one: Sequence, eos_id, detokenize) -> str | None:
   return "length" if one.num_drawn >= sampling.max_tokens else None
 
 
-def fetch(one, result, row, vocab_size):
-  """Brings a row's token, log-probability and kept set to the host."""
-  drawn = result.drawn
+def fetch(one, result, row, turn, vocab_size):
+  """Brings a draw of a row to the host: token, log-probability, kept set."""
+  place, drawn = (row, turn), result.drawn
   kept = None
   if one.request.sampling.truncates:
-    kept = sampler.kept_ids(np.asarray(drawn.kept_BW)[row], vocab_size)
-  token = int(np.asarray(drawn.token_B)[row])
-  return token, float(np.asarray(drawn.logprob_B)[row]), kept
+    kept = sampler.kept_ids(np.asarray(drawn.kept_BW)[place], vocab_size)
+  token = int(np.asarray(drawn.token_B)[place])
+  return token, float(np.asarray(drawn.logprob_B)[place]), kept
 
 
-def record_of(one, result, row, count) -> pages_lib.Record:
-  """Brings to the host what the request wants of its first tokens."""
+def record_of(one, result, row, part: slice) -> pages_lib.Record:
+  """Brings to the host what the request wants of a part of its tokens."""
 
-  def part(array_LBTX, wanted):
+  def fetched(array_LBTX, wanted):
     if not wanted or array_LBTX is None:
       return None
-    return np.asarray(array_LBTX)[:, row, :count]
+    return np.asarray(array_LBTX)[:, row, part]
 
   return pages_lib.Record(
-    part(result.experts_LBTA, one.wanted.routing),
-    part(result.selection_LBTS, one.wanted.selection),
+    fetched(result.experts_LBTA, one.wanted.routing),
+    fetched(result.selection_LBTS, one.wanted.selection),
   )
 
 

@@ -164,14 +164,19 @@ class PagedLayerCache(NamedTuple):
 
 
 def bytes_per_token(
-  config: config_lib.ModelConfig, *, dtype=jnp.float32, eight_bit_index=False
+  config: config_lib.ModelConfig,
+  *,
+  dtype=jnp.float32,
+  eight_bit_index: bool = False,
+  with_mtp: bool = False,
 ) -> int:
-  """Bytes that a token takes in all layers' caches."""
+  """Bytes that a token takes in all layers' caches; as `empty_pages`."""
   size = jnp.dtype(dtype).itemsize
   index = config.index_width * (1 if eight_bit_index else size)
   index += 4 if eight_bit_index else 0
   attention = (config.latent_width + config.rope_width) * size
-  return config.num_layers * (attention + index)
+  layers = config.num_layers + (config.num_mtp_layers if with_mtp else 0)
+  return layers * (attention + index)
 
 
 def empty_pages(
@@ -181,10 +186,12 @@ def empty_pages(
   *,
   dtype=jnp.float32,
   eight_bit_index: bool = False,
-) -> tuple[tuple, tuple]:
-  """Allocates pages: the arrays of each dense layer, and of each MoE layer.
+  with_mtp: bool = False,
+) -> tuple[tuple, tuple, tuple]:
+  """Allocates pages: the arrays of each dense, MoE and MTP layer.
 
-  They are the first four of a PagedLayerCache.
+  They are the first four of a PagedLayerCache. The MTP module has none unless
+  asked for.
   """
   lead = (num_pages, page_size)
   key_type = jnp.float8_e4m3fn if eight_bit_index else dtype
@@ -200,4 +207,5 @@ def empty_pages(
   return (
     tuple(one() for _ in range(config.num_dense_layers)),
     tuple(one() for _ in range(config.num_moe_layers)),
+    tuple(one() for _ in range(config.num_mtp_layers if with_mtp else 0)),
   )

@@ -43,7 +43,8 @@ class MultiTokenPrediction(nnx.Module):
       inputs: LayerInputs of the block.
 
     Returns:
-      hidden_BTD for the shared head, and LayerResults.
+      hidden_BTD for the shared head, the block's new cache (or None), and
+      LayerResults.
     """
     joined = jnp.concatenate(
       [self.embedding_norm(next_embedding_BTD), self.hidden_norm(hidden_BTD)],
@@ -52,5 +53,5 @@ class MultiTokenPrediction(nnx.Module):
     x_BTD = jnp.einsum(
       "BTX,XD->BTD", joined, self.projection[...].astype(joined.dtype)
     )
-    x_BTD, _, results = self.block(x_BTD, sequence, options, inputs)
-    return self.final_norm(x_BTD), results
+    x_BTD, cache, results = self.block(x_BTD, sequence, options, inputs)
+    return self.final_norm(x_BTD), cache, results

@@ -314,7 +314,32 @@ class Transformer(nnx.Module):
 
     embedding_BTD = self.embed(next_BT, self.compute_dtype)
     run = run if remat is None else remat(run)
-    return run(state, output.hidden, embedding_BTD)
+    hidden_BTD, _, results = run(state, output.hidden, embedding_BTD)
+    return hidden_BTD, results
+
+  def predict_behind(self, hidden_BTD, next_BT, held, length_B, options):
+    """Runs the multi-token prediction module behind a cache of its own.
+
+    Args:
+      hidden_BTD: this model's hidden states of new tokens.
+      next_BT: int32, the token that follows each.
+      held: the module's PagedLayerCache or LayerCache of the tokens before.
+      length_B: int32, how many it holds.
+      options: attention options.
+
+    Returns:
+      hidden_BTD (for `self.head`), and the cache with the new tokens.
+    """
+    before = cache_lib.Cache(dense=None, moe=(held,), length_B=length_B)
+    sequence, _ = self.describe(next_BT, None, None, before)
+    inputs = block_lib.LayerInputs(
+      layer=jnp.int32(self.config.num_layers), cache=held
+    )
+    embedding_BTD = self.embed(next_BT, self.compute_dtype)
+    hidden_BTD, held, _ = self.mtp(
+      hidden_BTD, embedding_BTD, sequence, options, inputs
+    )
+    return hidden_BTD, held
 
   def unstacked(self) -> "Transformer":
     """Returns a model whose layers run one by one, for decoding on a CPU.

@@ -39,9 +39,12 @@ def test_a_longer_table_changes_no_bit(model, index_key_format):
   engine = engine_lib.Engine(model, config)
   used = []
   run = engine._programs._run
-  engine._programs._run = lambda state, pages, call: (
-    used.append(call.table_BM.shape[1]) or run(state, pages, call)
-  )
+
+  def watched(state, pages, call, **how):
+    used.append(call.table_BM.shape[1])
+    return run(state, pages, call, **how)
+
+  engine._programs._run = watched
   short = ask(5, 1, max_tokens=7, top_p=0.8)
   (alone,) = engine.generate([short])
   assert set(used) == {3}
