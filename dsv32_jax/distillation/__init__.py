@@ -1,0 +1,1 @@
+"""Specialists' answers, rejected by verifiers and mixed into one data set."""
