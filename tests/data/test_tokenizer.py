@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 
 from hypothesis import given
 from hypothesis import settings
@@ -46,6 +48,19 @@ def test_special_strings_in_text_are_text(tokenizer, parts):
   ids = tokenizer.encode(text)
   assert not set(ids) & set(range(len(SPECIAL)))
   assert tokenizer.decode(ids) == text
+  assert tokenizer.encode_released(text) == ids
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(tokenizer):
+  text = "what is it 12 ab\n" * 40_000
+  thread = threading.Thread(target=tokenizer.encode_released, args=(text,))
+  thread.start()
+  turns = 0
+  while thread.is_alive():
+    turns += 1
+    time.sleep(0.001)
+  # Were they held up, this one would have had a turn or two.
+  assert turns > 20
 
 
 def test_rendered_strings_and_parts(tokenizer):

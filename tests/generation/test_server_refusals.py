@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import threading
 import time
 
 import httpx
@@ -224,6 +225,25 @@ def test_bad_bodies_are_told_in_a_line(server, path):
     require_error(client.get(path), 405, "Not Allowed")
     big = client.post(path, content=b" " * (9 * 2**20))
     require_error(big, 413, "more than 8388608")
+
+
+def test_a_prompt_that_is_far_too_long_holds_up_nobody(server):
+  body = {"model": "m", "prompt": "hi there 12\n" * 60_000}
+  replies = []
+
+  def ask():
+    reply = httpx.post(server + COMPLETION, json=body, timeout=250)
+    replies.append(reply)
+
+  thread = threading.Thread(target=ask)
+  thread.start()
+  answered = 0
+  while thread.is_alive():
+    assert httpx.get(server + "/health", timeout=60).status_code == 200
+    answered += 1
+  # Were it held up, one of these would have waited for the whole time.
+  assert answered > 10
+  require_error(replies[0], 400, "exceed the 64")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -32,7 +32,15 @@ def chat_ids(
     token_stream.Piece(text=text) for text in chat.render(messages, mode)
   ]
   token_stream.require_unicode(pieces)
-  return token_stream.TokenStream(tokenizer, pieces).token_ids()
+  return token_stream.TokenStream(_Released(tokenizer), pieces).token_ids()
+
+
+class _Released:
+  """A tokenizer that holds up no other thread, however long the text is."""
+
+  def __init__(self, tokenizer: tokenizers.Tokenizer):
+    self.encode = tokenizer.encode_released
+    self.special_id = tokenizer.special_id
 
 
 def completion_ids(
@@ -49,7 +57,7 @@ def completion_ids(
   if not isinstance(prompt, str):
     return list(prompt)
   token_stream.require_unicode([token_stream.Piece(text=prompt)])
-  return [tokenizer.bos_id] * with_bos + tokenizer.encode(prompt)
+  return [tokenizer.bos_id] * with_bos + tokenizer.encode_released(prompt)
 
 
 def format_messages(request: schemas.ChatRequest) -> list[dict[str, Any]]:
