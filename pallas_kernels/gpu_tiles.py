@@ -119,6 +119,18 @@ def products(pairs):
   return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
 
 
+def transposed_products(pairs):
+  """Sums left.T @ right over pairs of shared memory, float32 [64,D]."""
+
+  def multiply(total):
+    for left, right in pairs:
+      plgpu.wgmma(total, left.transpose((1, 0)), right)
+    return total[...]
+
+  columns = pairs[0][1].shape[1]
+  return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
+
+
 def accumulate(total_RD, left, right, *, interpret, staging=None):
   """Returns total + left @ right.
 

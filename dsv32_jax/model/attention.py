@@ -137,8 +137,7 @@ def gathered(
       chosen.indices_BTN,
       scale=scale,
       indices_are_sorted=True,
-      # The KL has no kernels for GPUs.
-      implementation="xla" if kernels == "gpu" else kernels,
+      implementation=kernels,
     )
   return jnp.einsum("BTHC,CHV->BTHV", out_BTHC, projected.value_up_CHV), kl_BT
 
@@ -167,7 +166,7 @@ def _masked(
   if index is None:
     return out, None
   if kernels == "gpu":
-    # The KL has no kernels for GPUs.
+    # The KL over masked keys has no kernels for GPUs.
     visible["implementation"] = "xla"
   kl_BT = indexer_kl.indexer_kl(
     index.query_BTIK,

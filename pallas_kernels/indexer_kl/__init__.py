@@ -24,6 +24,7 @@ from pallas_kernels import implementations
 from pallas_kernels import visibility
 from pallas_kernels.indexer_kl import checks
 from pallas_kernels.indexer_kl import gathered
+from pallas_kernels.indexer_kl import gathered_gpu
 from pallas_kernels.indexer_kl import gathered_tpu
 from pallas_kernels.indexer_kl import ref
 from pallas_kernels.indexer_kl import tpu
@@ -162,9 +163,10 @@ def indexer_kl_gathered(
     scale: factor of the main attention's scores.
     indices_are_sorted: a promise that each list ascends and has its -1 at the
       end, which saves a TPU the sorting of them.
-    implementation: "ref", "xla", "tpu", "tpu_interpret" (the TPU kernels in
-      an interpreter that looks for races), or None, which is "xla". The TPU's
-      take rope and index widths of at most 128.
+    implementation: "ref", "xla", "gpu" (Hopper kernels, bfloat16 only, up to
+      64 index heads), "tpu", "tpu_interpret" (the TPU kernels in an interpreter
+      that looks for races), or None, which is "xla". The TPU's take rope and
+      index widths of at most 128, the GPU's the latter.
 
   Returns:
     kl_BT; 0 where no key is listed.
@@ -261,6 +263,7 @@ _MASKED = {
 _GATHERED = {
   "ref": functools.partial(_evaluate_reference, ref.indexer_kl_gathered),
   "xla": gathered.evaluate,
+  "gpu": gathered_gpu.evaluate,
   "tpu": gathered_tpu.evaluate,
   "tpu_interpret": implementations.interpreted(gathered_tpu.evaluate),
 }

@@ -101,6 +101,30 @@ def _chunk(own, keys):
   attention_CHN = _einsum("CHL,CNL->CHN", latent_CHL, key_latent_CNL)
   attention_CHN += _einsum("CHR,CNR->CHN", rope_CHR, key_rope_CNR)
   mass_CN = jnp.sum(jnp.exp(attention_CHN - lse_CH[..., None]), axis=1)
+  kl_C, slope_CN = kl_and_slope(mass_CN, score_CN, seen_CN)
+  if cotangent_C is None:
+    return kl_C, None
+  gated_CIN = jnp.where(dot_CIN > 0, slope_CN[:, None, :], 0.0)
+  u_CIK = _einsum("CIN,CNK->CIK", gated_CIN, key_CNK)
+  pulled_CI = weight_CI * cotangent_C[:, None]
+  rows_CNK = _einsum(
+    "CIN,CIK->CNK", gated_CIN, query_CIK * pulled_CI[..., None]
+  )
+  weight_gradient_CI = jnp.sum(u_CIK * query_CIK, -1) * cotangent_C[:, None]
+  return kl_C, (u_CIK * pulled_CI[..., None], rows_CNK, weight_gradient_CI)
+
+
+def kl_and_slope(mass_CN, score_CN, seen_CN):
+  """Returns the KL of each query, and its slope by the score of each key.
+
+  Args:
+    mass_CN: attention of each key, summed over heads and not normalised.
+    score_CN: index scores.
+    seen_CN: which keys count; those of others may hold anything.
+
+  Returns:
+    (kl_C, slope_CN), 0 where no key counts.
+  """
   mass_CN = jnp.where(seen_CN, mass_CN, 0.0)
   mass_C1 = jnp.sum(mass_CN, axis=-1, keepdims=True)
   held_C1 = mass_C1 != 0
@@ -116,15 +140,5 @@ def _chunk(own, keys):
   used_CN = target_CN != 0
   log_target_CN = jnp.log(jnp.where(used_CN, target_CN, 1.0))
   kl_CN = jnp.where(used_CN, target_CN * (log_target_CN - log_model_CN), 0.0)
-  kl_C = jnp.sum(kl_CN, axis=-1)
-  if cotangent_C is None:
-    return kl_C, None
   slope_CN = jnp.where(held_C1, jnp.exp(log_model_CN) - target_CN, 0.0)
-  gated_CIN = jnp.where(dot_CIN > 0, slope_CN[:, None, :], 0.0)
-  u_CIK = _einsum("CIN,CNK->CIK", gated_CIN, key_CNK)
-  pulled_CI = weight_CI * cotangent_C[:, None]
-  rows_CNK = _einsum(
-    "CIN,CIK->CNK", gated_CIN, query_CIK * pulled_CI[..., None]
-  )
-  weight_gradient_CI = jnp.sum(u_CIK * query_CIK, -1) * cotangent_C[:, None]
-  return kl_C, (u_CIK * pulled_CI[..., None], rows_CNK, weight_gradient_CI)
+  return jnp.sum(kl_CN, axis=-1), slope_CN

@@ -73,7 +73,7 @@ def _forward(
     # The interpreter knows no assembly: tiles of rows gathered before.
     fetched = jnp.maximum(rows_YN.reshape(-1), 0)
     latent_ZC, rope_ZR = latent_ZC[fetched], rope_ZR[fetched]
-  copies = gpu_gather.num_tile_copies(latent) if interpret else 1
+  copies = gpu_gather.num_tile_copies(latent, rope) if interpret else 1
   kernel = plgpu.kernel(
     functools.partial(
       gpu_forward_kernel.kernel, scale * math.log2(math.e), bool(interpret)

@@ -108,7 +108,9 @@ def _interpret(inputs, scale, interpret):
   d_row_LX = jax.ShapeDtypeStruct(
     (blocks * rows.shape[0], d_key_ZX.shape[1]), jnp.float32
   )
-  copies = gpu_gather.num_tile_copies(inputs.latent_ZC.shape[1])
+  copies = gpu_gather.num_tile_copies(
+    inputs.latent_ZC.shape[1], inputs.rope_ZR.shape[1]
+  )
   *d_queries, d_row_LX = plgpu.kernel(
     functools.partial(gpu_backward_kernel.kernel, scale, True),
     out_type=(*d_queries, d_row_LX),

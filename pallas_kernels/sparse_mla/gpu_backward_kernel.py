@@ -129,10 +129,10 @@ def _start_keys(inputs, interpret, block, *, slot, full, **_):
   slot, first = slot.at[0], _entry(inputs, block)
   sources = (inputs.latent_ZC, inputs.rope_ZR)
   if interpret:
-    gpu_gather.fetch_tile(*sources, first, slot, full)
+    gpu_gather.fetch_tile(sources, first, slot, full)
   else:
     numbers = gpu_gather.load_rows(inputs.rows_YN, first)
-    gpu_gather.start(*sources, numbers, slot)
+    gpu_gather.start(sources, numbers, slot)
 
 
 def _finish_keys(interpret, *, full, **_):
@@ -285,17 +285,6 @@ def _pairs(pieces, slot):
   ]
 
 
-def _transposed_products(pairs):
-  """Sums left.T @ right over pairs of shared memory, float32 [64,64]."""
-
-  def multiply(total):
-    for left, right in pairs:
-      plgpu.wgmma(total, left.transpose((1, 0)), right)
-    return total[...]
-
-  return pl.run_scoped(multiply, plgpu.ACC((KEYS, PIECE), jnp.float32))
-
-
 def _add_rows(
   inputs, own, interpret, d_key, block, *, query, d_out, weights, d_scores, **_
 ):
@@ -304,7 +293,7 @@ def _add_rows(
   entry = _entry(inputs, block)
 
   def add(piece, pairs):
-    d_row_KD = _transposed_products(pairs)
+    d_row_KD = gpu_tiles.transposed_products(pairs)
     if interpret:
       # The gradients of one block of heads follow those of another.
       num_heads = inputs.query_rope_YHR.shape[1]

@@ -118,7 +118,7 @@ def _fetch_keys(
   query, num_blocks, interpret, sources, *, slots, full, empty, **_
 ):
   """Gathers the listed keys, block after block."""
-  latent_ZC, rope_ZR, rows_YN = sources
+  *keys, rows_YN = sources
 
   def load_rows(block):
     # Past the last block those of the last: loaded, and not used.
@@ -135,9 +135,9 @@ def _fetch_keys(
 
     target = slots.at[slot]
     if interpret:
-      gpu_gather.fetch_tile(latent_ZC, rope_ZR, rows, target, full.at[slot])
+      gpu_gather.fetch_tile(keys, rows, target, full.at[slot])
       return load_rows(block + 1)
-    gpu_gather.start(latent_ZC, rope_ZR, rows, target)
+    gpu_gather.start(keys, rows, target)
     rows = load_rows(block + 1)
     gpu_gather.finish()
     plgpu.barrier_arrive(full.at[slot])

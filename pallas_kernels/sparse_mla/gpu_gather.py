@@ -1,4 +1,4 @@
-"""Fetches listed rows of the latent cache into swizzled shared memory.
+"""Fetches listed rows of a cache into swizzled shared memory.
 
 Hopper's copy engine cannot gather, so the 128 threads of a warpgroup copy 16
 bytes each by `cp.async`: 8 threads take a row's 128-byte pieces in turn, 16
@@ -6,7 +6,7 @@ rows at a time. The destination is what a tiled and swizzled TMA copy of 64 rows
 would write (`offset`), so that the tensor cores read it as they would that.
 The compiler's Python interface has no such copy; it is written as assembly.
 """
-# N listed keys of a block, C latent width, R rope width
+# N listed keys of a block; R rows and D columns of a tile; Z rows of width X
 
 # The dialect of the assembly has no public name in JAX.
 from jax._src.lib.mlir import ir
@@ -69,28 +69,24 @@ def load_rows(rows, entry):
   )(emit)(rows, jnp.int32(entry))
 
 
-def start(latent_ZC, rope_ZR, row_numbers, slot):
-  """Begins to copy [latent | rope] of the rows of one block into a slot.
+def start(sources, row_numbers, slot):
+  """Begins to copy the rows of one block, side by side, into a slot.
 
   Args:
-    latent_ZC: bfloat16 in global memory, C a multiple of 64.
-    rope_ZR: bfloat16 in global memory, R a multiple of 64.
+    sources: bfloat16 arrays in global memory, such as [latents, rotated keys],
+      whose widths are multiples of 64.
     row_numbers: what `load_rows` returned.
-    slot: shared memory [64, C + R] with `gpu_tiles.SWIZZLED`.
+    slot: shared memory [64, sum of widths] with `gpu_tiles.SWIZZLED`.
   """
-  widths = (latent_ZC.shape[-1] // COLUMNS, rope_ZR.shape[-1] // COLUMNS)
+  widths = [source.shape[-1] // COLUMNS for source in sources]
 
-  def emit(_, latent_ZC, rope_ZR, row_numbers, slot):
-    _emit_copies((latent_ZC, rope_ZR), widths, row_numbers, slot)
+  def emit(_, *arguments):
+    *sources, row_numbers, slot = arguments
+    _emit_copies(sources, widths, row_numbers, slot)
 
-  plgpu.inline_mgpu(
-    arg_types=(
-      plgpu.RefType(),
-      plgpu.RefType(),
-      _ROWS_LAYOUT,
-      plgpu.RefType(gpu_tiles.SWIZZLED),
-    )
-  )(emit)(latent_ZC, rope_ZR, row_numbers, slot)
+  types = [plgpu.RefType()] * len(sources)
+  types += [_ROWS_LAYOUT, plgpu.RefType(gpu_tiles.SWIZZLED)]
+  plgpu.inline_mgpu(arg_types=tuple(types))(emit)(*sources, row_numbers, slot)
 
 
 def finish():
@@ -147,24 +143,31 @@ def sum_place(thread):
   return warp * 16 + odd * 8 + quad, (thread & 2) * 2
 
 
-def fetch_tile(latent_MC, rope_MR, first, slot, full):
+def fetch_tile(sources, first, slot, full):
   """Copies 64 rows that lie one after the other, where `start` would gather.
 
   For the interpreter, which knows no assembly.
   """
-  rows, latent = pl.ds(first, ROWS), latent_MC.shape[1]
-  for start in range(0, latent, gpu_tiles.MAX_COLUMNS):
-    size = min(gpu_tiles.MAX_COLUMNS, latent - start)
-    columns = pl.ds(start, size)
-    source = latent_MC.at[rows, columns]
-    plgpu.copy_gmem_to_smem(source, slot.at[:, columns], full)
-  columns = pl.ds(latent, rope_MR.shape[1])
-  plgpu.copy_gmem_to_smem(rope_MR.at[rows], slot.at[:, columns], full)
+  rows, place = pl.ds(first, ROWS), 0
+  for source in sources:
+    for start, size in _pieces(source.shape[1]):
+      plgpu.copy_gmem_to_smem(
+        source.at[rows, pl.ds(start, size)],
+        slot.at[:, pl.ds(place + start, size)],
+        full,
+      )
+    place += source.shape[1]
 
 
-def num_tile_copies(latent_width):
-  """Returns how many copies `fetch_tile` makes."""
-  return -(-latent_width // gpu_tiles.MAX_COLUMNS) + 1
+def num_tile_copies(*widths):
+  """Returns how many copies `fetch_tile` makes of sources of these widths."""
+  return sum(len(_pieces(width)) for width in widths)
+
+
+def _pieces(width):
+  """Cuts columns into copies: (first, how many) of each."""
+  most = gpu_tiles.MAX_COLUMNS
+  return [(x, min(most, width - x)) for x in range(0, width, most)]
 
 
 def _emit_rows(rows, entry):

@@ -139,7 +139,9 @@ def test_hopper_takes_keys_of_16_bits_without_scales():
 @interpreted
 @pytest.mark.parametrize("blocks", [1, gpu.BLOCKS])
 @pytest.mark.parametrize(
-  "case", [c for c in cases.CHECKS if c.operation == "decode_scores"], ids=str
+  "case",
+  [c for c in cases.CHECKS if c.operation == "decode_scores"],
+  ids=lambda case: case.name,
 )
 def test_hopper_agrees_with_the_reference(case, blocks, monkeypatch):
   # With a block for all tiles of a request, and with one for each.

@@ -14,6 +14,7 @@ from pallas_kernels import gpu_compile
 from pallas_kernels.decode_scores import gpu as decode_gpu
 from pallas_kernels.index_select import gpu as index_gpu
 from pallas_kernels.index_select import gpu_search
+from pallas_kernels.indexer_kl import gathered_gpu
 from pallas_kernels.masked_attention import gpu as masked_gpu
 from pallas_kernels.masked_attention import gpu_backward as masked_backward
 from pallas_kernels.sparse_mla import gpu as sparse_gpu
@@ -108,6 +109,19 @@ def sparse_backward_program():
   return backward, [*arrays, indices_BTN, out, lse, out]
 
 
+def gathered_kl_program():
+  trained = types((1, 8, 64, 128), (1, 99, 128))
+  trained.append(jax.ShapeDtypeStruct((1, 8, 64), jnp.float32))
+  constants = types(
+    (1, 8, 128, 512), (1, 8, 128, 64), (1, 99, 512), (1, 99, 64)
+  )
+  constants.append(jax.ShapeDtypeStruct((1, 8, 128), jnp.float32))
+  constants.append(jax.ShapeDtypeStruct((1, 8, 2048), jnp.int32))
+  weight_BT = jax.ShapeDtypeStruct((1, 8), jnp.float32)
+  evaluate = functools.partial(gathered_gpu.evaluate, 0.1)
+  return evaluate, [trained, constants, weight_BT]
+
+
 def masked_backward_program(width, value_width, key_heads):
   arrays = types(
     (1, 512, 4, width),
@@ -162,6 +176,15 @@ def masked_program(width, value_width):
       [{"HGMMA": 100, "LDGSTS": 72, "REDG": 24}],
       200,
     ),
+    (
+      gathered_kl_program(),
+      [
+        {"HGMMA": 72, "LDGSTS": 72, "REDG": None},
+        {"HGMMA": 8, "LDGSTS": 16, "REDG": None},
+        {"HGMMA": 16, "LDGSTS": 16, "REDG": 16},
+      ],
+      200,
+    ),
     (masked_program(192, 128), [{"HGMMA": 20, "UTMALDG": 8}], 232),
     (masked_program(256, 256), [{"HGMMA": 20, "UTMALDG": 7}], 232),
     (masked_backward_program(192, 128, 4), [{"HGMMA": 24}, {"HGMMA": 28}], 240),
@@ -177,6 +200,7 @@ def masked_program(width, value_width):
     "search",
     "sparse",
     "sparse-backward",
+    "gathered-kl",
     "masked-192",
     "masked-256",
     "masked-backward-192",
