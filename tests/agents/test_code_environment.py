@@ -128,6 +128,34 @@ def test_a_command_that_hangs_or_floods_is_ended(made):
   assert "No space left" in seen[2]
 
 
+def test_strange_trees_are_kept_or_refused(made):
+  workspace, task = made["python"]
+  deep = "mkdir -p " + "d/" * 300
+  seen, grade = repositories.play(
+    workspace,
+    task,
+    [
+      repositories.write(*repositories.FIX["python"]),
+      call("shell", command="touch $'a\\nb' $'\\xff' -- -rf ' '; mkfifo pipe"),
+      call("shell", command="ln -s . loop; ln -s /x y; mkdir z; chmod 0 z"),
+      call("shell", command=f"{deep}; rm -r counting"),
+      call("shell", command="for i in $(seq 3000); do : > f$i; done; sleep 1"),
+      call("shell", command="rm -r counting; mv ../repository ../other"),
+      call("shell", command="mv ../repository ../o; ln -s /usr ../repository"),
+      call("shell", command="ls -A | tr '\\n' ,; ls -d loop/loop/z"),
+    ],
+  )
+  assert "error: the tree is not kept: folders are nested" in seen[3]
+  assert "error: the sandbox was stopped (limit: files)" in seen[4]
+  assert seen[5].startswith("error: the tree is not kept: ")
+  assert seen[6] == "error: the tree is not kept: its folder is a link"
+  names = " ,-rf,.git,README.md,a,b,counting,loop,pytest.ini,tests,y,z"
+  assert sorted(seen[7].replace("\ufffd", "").split(",")) == sorted(
+    [*names.split(","), "", "loop/loop/z"]
+  )
+  assert grade.reward == 1
+
+
 def test_a_snapshot_continues(made):
   workspace, task = made["python"]
 

@@ -1,6 +1,7 @@
 """What an agent may do to be rewarded without a fix; none of it is worth 1."""
 
 import ast
+import dataclasses
 import json
 import random
 
@@ -167,6 +168,32 @@ def test_an_attack_on_another_runner(tmp_path, line, forged):
   broken = repositories.JAVASCRIPT_BROKEN["words.js"]
   _, grade = repositories.play(*made, [write("words.js", line + broken)])
   assert (grade.reward, grade.forged) == (0, forged), grade
+
+
+@repositories.needs_node
+def test_one_test_file_cannot_change_the_next(tmp_path):
+  """Each is run by itself, and the code that runs knows the folder."""
+  workspace, task = repositories.make(
+    "javascript", tmp_path, repositories.sandbox("bubblewrap")
+  )
+  first = repositories.JAVASCRIPT_BROKEN["test/words.test.js"]
+  task = dataclasses.replace(
+    task, hidden={"test/a.test.js": first, **task.hidden}
+  )
+  path = repositories.JAVASCRIPT_BROKEN["words.js"]
+  attack = """
+const fs = require("node:fs"), path = __dirname + "/test/words.test.js";
+const easy = fs.readFileSync(path, "utf8").replace('count("a  b ")', "2");
+fs.writeFileSync(path, easy.replace('count("")', "0"));
+fs.rmSync(__dirname + "/package.json", { force: true });
+"""
+  _, grade = repositories.play(
+    workspace, task, [write("words.js", attack + path)]
+  )
+  # In the file itself it is too late: Node has read it.
+  assert grade.reward == 0 and grade.reason.endswith("many is failed"), grade
+  fix = write("words.js", attack + repositories.JAVASCRIPT_FIXED)
+  assert repositories.play(workspace, task, [fix])[1].reward == 1
 
 
 def test_what_no_agent_may_change_costs_no_honest_one_its_reward(made):

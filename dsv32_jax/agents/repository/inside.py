@@ -1,16 +1,15 @@
-"""Carries out one order on a tree of files; runs in a sandbox, stdlib only.
+"""Carries out one order on a tree of files; runs in a sandbox.
 
-`python -I -c PROGRAM FD`: the order is JSON on stdin, the answer goes to that
-descriptor: a line of JSON with the order's nonce, then a tar. The folder holds
-`image.tar`, the tree, and maybe `delta.tar`, what was changed in it since.
-Commands run as children in `repository/`. They cannot reach the
-channel: this process is closed to them, and before the answer is written every
-other process of the sandbox has ended.
+A program of this file, `folders` and the standard library. The order is JSON
+on stdin, the answer goes to the descriptor that the first argument names: a
+line of JSON with the order's nonce, then a tar. The folder holds `image.tar`,
+the tree, and maybe `delta.tar`, what was changed in it since. Commands run as
+children in `repository/`. They cannot reach the channel: this process is
+closed to them, and before the answer is written every other process of the
+sandbox has ended.
 """
 
 import ctypes
-import fnmatch
-import io
 import json
 import os
 import selectors
@@ -19,92 +18,14 @@ import signal
 import stat
 import subprocess
 import sys
-import tarfile
 import time
+
+from dsv32_jax.agents.repository import folders
 
 TREE = "repository"
 _NOT_DUMPABLE = 4
 _CHUNK = 1 << 16
 _REPORT_BYTES = 8 << 20
-
-
-class OrderError(Exception):
-  """What is wrong with an order, in words for a model."""
-
-
-def extract(path: str, folder: str) -> None:
-  """Unpacks a tar and removes it; nothing in it leads out of the folder."""
-  os.makedirs(folder, exist_ok=True)
-  with tarfile.open(path) as archive:
-    archive.extractall(folder, filter="tar")
-  os.unlink(path)
-
-
-def paths_under(folder: str):
-  """Yields (path, os.stat_result) of all below a folder, parents first."""
-  waiting = [""]
-  while waiting:
-    parent = waiting.pop()
-    here = os.path.join(folder, parent)
-    if not os.access(here, os.R_OK | os.W_OK | os.X_OK):
-      os.chmod(here, 0o700)
-    for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
-      path = os.path.join(parent, entry.name)
-      yield path, entry.stat(follow_symlinks=False)
-      if entry.is_dir(follow_symlinks=False):
-        waiting.append(path)
-
-
-def mark(info: os.stat_result) -> tuple:
-  """What changes where a file does."""
-  if stat.S_ISREG(info.st_mode):
-    return info.st_mode, info.st_mtime_ns, info.st_ino, info.st_size
-  return info.st_mode, 0, 0 if stat.S_ISDIR(info.st_mode) else info.st_ino, 0
-
-
-def pack(folder: str, paths) -> bytes:
-  """Returns a tar of these paths."""
-  out = io.BytesIO()
-  with tarfile.open(fileobj=out, mode="w") as archive:
-    for path in paths:
-      whole = os.path.join(folder, path)
-      info = os.lstat(whole)
-      if stat.S_ISREG(info.st_mode) and not os.access(whole, os.R_OK):
-        os.chmod(whole, 0o600)
-      if info.st_mode & 0o170000 in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
-        archive.inodes = {}
-        archive.add(whole, path, recursive=False)
-  return out.getvalue()
-
-
-def remove(path: str) -> None:
-  """Removes a file, a link or a folder, if it is there."""
-  if os.path.isdir(path) and not os.path.islink(path):
-    shutil.rmtree(path)
-  elif os.path.lexists(path):
-    os.unlink(path)
-
-
-def clear_way(path: str) -> None:
-  """Makes the folders above a path, none of them a link, and removes it."""
-  parent = ""
-  for part in path.split("/")[:-1]:
-    parent = os.path.join(parent, part)
-    if os.path.islink(parent) or os.path.isfile(parent):
-      os.unlink(parent)
-    os.makedirs(parent, exist_ok=True)
-  remove(path)
-
-
-def is_protected(path: str, patterns) -> bool:
-  """Tells whether a pattern matches the path, or without "/" a part of it."""
-  for pattern in patterns:
-    if "/" in pattern:
-      if fnmatch.fnmatchcase(path, pattern):
-        return True
-    elif any(fnmatch.fnmatchcase(part, pattern) for part in path.split("/")):
-      return True
-  return False
 
 
 def merge(order) -> None:
@@ -116,17 +37,17 @@ def merge(order) -> None:
     if os.path.isdir(ours) and not os.path.islink(ours):
       if not os.listdir(ours):
         os.rmdir(ours)
-    elif not is_protected(path, protected):
-      remove(ours)
+    elif not folders.is_protected(path, protected):
+      folders.remove(ours)
   if os.path.exists("delta.tar"):
-    extract("delta.tar", "theirs")
-    for path, info in list(paths_under("theirs")):
-      if not is_protected(path, protected):
+    folders.extract("delta.tar", "theirs")
+    for path, info in list(folders.paths_under("theirs")):
+      if not folders.is_protected(path, protected):
         _take(path, info)
     shutil.rmtree("theirs")
   # A folder of theirs may have been put where one with such files was.
   for path, (content, mode) in kept.items():
-    clear_way(path)
+    folders.clear_way(path)
     with open(path, "wb") as file:
       file.write(content)
     os.chmod(path, mode)
@@ -136,19 +57,19 @@ def _take(path: str, info: os.stat_result) -> None:
   """Moves a file of theirs into the tree, or makes a folder like theirs."""
   ours = os.path.join(TREE, path)
   if not stat.S_ISDIR(info.st_mode):
-    clear_way(ours)
+    folders.clear_way(ours)
     os.rename(os.path.join("theirs", path), ours)
     return
   if os.path.islink(ours) or not os.path.isdir(ours):
-    clear_way(ours)
+    folders.clear_way(ours)
     os.mkdir(ours)
   os.chmod(ours, info.st_mode & 0o7777)
 
 
 def _protected_files(patterns) -> dict:
   found = {}
-  for path, info in paths_under(TREE) if patterns else ():
-    if stat.S_ISREG(info.st_mode) and is_protected(path, patterns):
+  for path, info in folders.paths_under(TREE) if patterns else ():
+    if stat.S_ISREG(info.st_mode) and folders.is_protected(path, patterns):
       whole = os.path.join(TREE, path)
       with open(whole, "rb") as file:
         found[whole] = file.read(), stat.S_IMODE(info.st_mode)
@@ -159,7 +80,7 @@ def place(files) -> None:
   """Writes files, {path: text or None for one that must not be there}."""
   for path, text in files.items():
     ours = os.path.join(TREE, path)
-    clear_way(ours)
+    folders.clear_way(ours)
     if text is not None:
       with open(ours, "w", encoding="utf-8", newline="") as file:
         file.write(text)
@@ -266,7 +187,7 @@ def view(order) -> dict:
     with open(path, encoding="utf-8", errors="replace") as file:
       lines = file.read(order["characters"] * 50).split("\n")
   except OSError as error:
-    raise OrderError(f"{order['path']}: {error.strerror}") from error
+    raise folders.OrderError(f"{order['path']}: {error.strerror}") from error
   first, last = order["first"], order["last"] or len(lines)
   shown = enumerate(lines[first - 1 : last], first)
   return {"output": "\n".join(f"{number}\t{line}" for number, line in shown)}
@@ -278,7 +199,7 @@ def edit(order) -> dict:
   try:
     if not old:
       if os.path.lexists(path):
-        raise OrderError(f"{order['path']} is there already")
+        raise folders.OrderError(f"{order['path']} is there already")
       os.makedirs(os.path.dirname(path), exist_ok=True)
       text, old = "", ""
     else:
@@ -286,13 +207,15 @@ def edit(order) -> dict:
         text = file.read()
       count = text.count(old)
       if count != 1:
-        raise OrderError(f"{order['path']} holds the old text {count} times")
+        raise folders.OrderError(
+          f"{order['path']} holds the old text {count} times"
+        )
     with open(path, "w", encoding="utf-8", newline="") as file:
       file.write(text.replace(old, order["new"]) if old else order["new"])
   except UnicodeError as error:
-    raise OrderError(f"{order['path']}: {error}") from error
+    raise folders.OrderError(f"{order['path']}: {error}") from error
   except OSError as error:
-    raise OrderError(f"{order['path']}: {error.strerror}") from error
+    raise folders.OrderError(f"{order['path']}: {error.strerror}") from error
   return {"output": "done"}
 
 
@@ -305,11 +228,22 @@ def apply(order) -> dict:
 
 
 def grade(order) -> dict:
-  """Runs tests whose files are placed now; returns their reports as text."""
+  """Runs tests whose files are placed now; returns their reports as text.
+
+  Each batch meets the tree as it was prepared: what it tests may have written
+  tests or reports of the next.
+  """
   place(order["hidden"])
+  prepared = folders.pack(TREE, [path for path, _ in folders.paths_under(TREE)])
   reports, found = [], {"code": None, "output": ""}
   for number, files in enumerate(order["batches"]):
-    report = os.path.abspath(f"report-{number}.xml")
+    if number:
+      for name in os.listdir():
+        folders.remove(name)
+      with open("image.tar", "wb") as file:
+        file.write(prepared)
+      folders.extract("image.tar", TREE)
+    report = os.path.abspath(f"report-{os.urandom(8).hex()}.xml")
     argv = _of_tests(order["command"], files, report)
     found = run(argv, order["seconds"], order["characters"])
     reports.append(_report(report))
@@ -350,26 +284,42 @@ OPERATIONS = {
 }
 
 
+def kept(before, what: str) -> tuple:
+  """Returns what was removed since, and a tar of what is to be kept."""
+  if os.path.islink(TREE):
+    raise folders.OrderError("its folder is a link")
+  after = {path: folders.mark(info) for path, info in folders.paths_under(TREE)}
+  changed = [
+    path
+    for path, found in after.items()
+    if what == "everything" or before.get(path) != found
+  ]
+  return [path for path in before if path not in after], folders.pack(
+    TREE, changed
+  )
+
+
 def main() -> None:
   """Carries out the order of stdin."""
   ctypes.CDLL(None).prctl(_NOT_DUMPABLE, 0, 0, 0, 0)
   channel = int(sys.argv[1])
   os.set_inheritable(channel, False)
   order = json.loads(sys.stdin.buffer.read())
-  extract("image.tar", TREE)
-  before = {path: mark(info) for path, info in paths_under(TREE)}
+  folders.extract("image.tar", TREE)
+  before = {
+    path: folders.mark(info) for path, info in folders.paths_under(TREE)
+  }
   merge(order)
+  archive = b""
   try:
     answer = OPERATIONS[order["operation"]](order)
-  except OrderError as error:
+  except folders.OrderError as error:
     answer = {"error": str(error)}
-  archive = b""
-  if order["keep"] != "nothing":
-    after = {path: mark(info) for path, info in paths_under(TREE)}
-    everything = order["keep"] == "everything"
-    changed = [p for p, m in after.items() if everything or before.get(p) != m]
-    answer["removed"] = [path for path in before if path not in after]
-    archive = pack(TREE, changed)
+  if order["keep"] != "nothing" and "error" not in answer:
+    try:
+      answer["removed"], archive = kept(before, order["keep"])
+    except (folders.OrderError, OSError) as error:
+      answer = {"error": f"the tree is not kept: {error}"}
   answer["nonce"] = order["nonce"]
   with open(channel, "wb") as file:
     file.write(json.dumps(answer).encode() + b"\n" + archive)

@@ -6,7 +6,7 @@ import os
 import random
 
 from dsv32_jax.agents.repository import decoys
-from dsv32_jax.agents.repository import inside
+from dsv32_jax.agents.repository import folders
 
 # pytest is imported before anything of the repository can be; `python -m
 # pytest` would look for it there first.
@@ -53,17 +53,17 @@ class Language:
 
   def is_test(self, path: str) -> bool:
     """Tells whether a changed file belongs to the tests."""
-    return inside.is_protected(path, (*self.tests, *self.settings))
+    return folders.is_protected(path, (*self.tests, *self.settings))
 
   def is_source(self, path: str) -> bool:
     """Tells whether a changed file may be part of a fix."""
-    return not self.is_test(path) and inside.is_protected(path, self.sources)
+    return not self.is_test(path) and folders.is_protected(path, self.sources)
 
   def is_run(self, path: str) -> bool:
     """Tells whether a test file is given to the runner."""
     name = os.path.basename(path)
-    return inside.is_protected(name, self.sources) and any(
-      inside.is_protected(name, [pattern])
+    return folders.is_protected(name, self.sources) and any(
+      folders.is_protected(name, [pattern])
       for pattern in self.tests
       if "*" in pattern
     )

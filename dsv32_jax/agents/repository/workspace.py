@@ -10,6 +10,7 @@ and a `Delta` to it. Neither is ever unpacked outside a sandbox.
 import base64
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -23,7 +24,14 @@ import zlib
 from dsv32_jax.agents.sandbox import limits as limits_lib
 from dsv32_jax.agents.sandbox import run
 
-_PROGRAM = pathlib.Path(__file__).with_name("inside.py")
+# What runs inside: no module of this project can be found there.
+_PROGRAM = """import sys, types
+package, folders = types.ModuleType("package"), types.ModuleType("folders")
+package.folders = folders
+sys.modules["dsv32_jax.agents.repository"] = package
+exec({folders!r}, folders.__dict__)
+exec({inside!r})
+"""
 # Tells the program its channel, and nobody after it.
 _START = 'fd=$RESULT_FD; unset RESULT_FD; exec "$0" -I -c "$1" "$fd"'
 # To unpack the tree, and to pack what has changed.
@@ -206,13 +214,22 @@ class Workspace:
         "-c",
         _START,
         sys.executable,
-        _PROGRAM.read_text(),
+        _program(),
       ],
       "files": files,
       "stdin": json.dumps(whole),
       "limits": dataclasses.replace(self.limits, wall_seconds=wall),
     }
     return given, nonce
+
+
+@functools.cache
+def _program() -> str:
+  here = pathlib.Path(__file__)
+  return _PROGRAM.format(
+    folders=here.with_name("folders.py").read_text(),
+    inside=here.with_name("inside.py").read_text(),
+  )
 
 
 def _answer(result: limits_lib.Result, order, nonce: str) -> Answer:
