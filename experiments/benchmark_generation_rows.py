@@ -50,7 +50,8 @@ def line(result: dict) -> str:
       f" {result['tokens']} tokens"
     )
   return (
-    f"{head}: {1000 * result['seconds']:.1f} ms a step, CPU"
+    f"{head}: {1000 * result['seconds']:.1f} ms a step, fastest"
+    f" {1000 * min(result['runs']):.1f}, CPU"
     f" {1000 * result['cpu_seconds']:.1f} ms, {result['other_cpus']:.1f} CPUs"
     " busy elsewhere"
   )
