@@ -305,7 +305,9 @@ def _gather_backward(hops, dtype, _, gradient):
     gradient = jax.lax.psum_scatter(
       gradient, axis, scatter_dimension=dimension, tiled=True
     )
-  return (gradient,)
+  # A TPU's compiler stops with an internal error where it tries to move such a
+  # sum out of the loop over microbatches.
+  return (jax.lax.optimization_barrier(gradient),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

@@ -52,7 +52,12 @@ MAY_IMPORT = {
     "dsv32_jax.agents",
     "dsv32_jax.verifiers",
   ),
-  "dsv32_jax.recipe": ("dsv32_jax.training", "dsv32_jax.evals"),
+  "dsv32_jax.recipe": (
+    "dsv32_jax.training",
+    "dsv32_jax.evals",
+    "dsv32_jax.rl",
+    "dsv32_jax.distillation",
+  ),
 }
 WITHOUT_JAX = ("dsv32_jax.agents", "dsv32_jax.verifiers")
 # Reading with these may run what the file says.

@@ -67,22 +67,23 @@ class ShownConfig:
       raise ValueError("rl.reward.thinking: solved problems hold no thinking")
 
 
-def solved_problems(config: ShownConfig) -> list[tasks.Problem]:
-  """The problems that the fine-tuning learns from, all different."""
+def solved_problems(
+  rl: run_config.RlConfig, solved: int
+) -> list[tasks.Problem]:
+  """As many different problems of each task as a fine-tuning learns from."""
   return [
     problem
-    for task in config.rl.tasks
+    for task in rl.tasks
     for problem in itertools.islice(
-      tasks.generate(task.make(), split="train", seed=config.rl.seed),
-      config.solved,
+      tasks.generate(task.make(), split="train", seed=rl.seed), solved
     )
   ]
 
 
-def write_solved(config: ShownConfig, path: str) -> None:
+def write_solved(rl: run_config.RlConfig, solved: int, path: str) -> None:
   """Writes them as prompts and responses, a JSON object a line."""
   with open(path, "w", encoding="utf-8") as file:
-    for problem in solved_problems(config):
+    for problem in solved_problems(rl, solved):
       response = problem.messages()[-1]["content"]
       row = {"prompt": problem.question, "response": response}
       file.write(json.dumps(row) + "\n")
@@ -197,7 +198,7 @@ def fine_tune_until_flat(config: ShownConfig, workdir: str):
   policy_lib.make_tokenizer(config.rl).save(
     os.path.join(workdir, run_lib.TOKENIZER_FILE)
   )
-  write_solved(config, os.path.join(workdir, SOLVED_FILE))
+  write_solved(config.rl, config.solved, os.path.join(workdir, SOLVED_FILE))
   best, best_model, since = -1.0, None, 0
   with FineTuning(config, workdir) as tuning:
     while since < config.patience and tuning.step < config.max_steps:

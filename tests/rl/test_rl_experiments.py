@@ -26,7 +26,7 @@ def contents(problems):
 
 def test_nothing_held_out_is_learned_from():
   held_out = contents(sampling.held_out_problems(SHOWN.rl))
-  solved = contents(shown.solved_problems(SHOWN))
+  solved = contents(shown.solved_problems(SHOWN.rl, SHOWN.solved))
   mixture = tasks.Mixture(SHOWN.rl.tasks, split="train", seed=SHOWN.rl.seed)
   posed = contents(
     mixture.problem(number)
@@ -37,7 +37,7 @@ def test_nothing_held_out_is_learned_from():
 
 
 def test_the_reward_is_the_verifier_alone():
-  problem = shown.solved_problems(SHOWN)[0]
+  problem = shown.solved_problems(SHOWN.rl, SHOWN.solved)[0]
   assert SHOWN.rl.reward.format_weight == SHOWN.rl.reward.language_weight == 0
   assert SHOWN.rl.reward.length is None
   assert problem.score(problem.messages()[-1]["content"]).value == 1
