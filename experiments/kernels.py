@@ -248,20 +248,25 @@ def schedule(table) -> bool:
   return not over and not any("failed" in found for found in results)
 
 
+def dumping(folder: str) -> dict[str, str]:
+  """Returns an environment in which a TPU's compiler dumps its schedules."""
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder}"
+    " --xla_jf_dump_llo_text=true"
+    " --xla_jf_dump_llo_pass_label_regex=.*final_.*",
+  }
+  # What comes out of a cache is not dumped.
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+  return environment
+
+
 def compiled(row: dict) -> dict:
   """Compiles one problem in a process of its own, which dumps its schedule."""
   with tempfile.TemporaryDirectory() as folder:
-    environment = os.environ | {
-      "JAX_PLATFORMS": "cpu",
-      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-      "TPU_SKIP_MDS_QUERY": "1",
-      "TPU_WORKER_HOSTNAMES": "localhost",
-      "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder}"
-      " --xla_jf_dump_llo_text=true"
-      " --xla_jf_dump_llo_pass_label_regex=.*final_.*",
-    }
-    # What comes out of a cache is not dumped.
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, "-m", "experiments.kernels_compile"]
     try:
       done = subprocess.run(
@@ -270,7 +275,7 @@ def compiled(row: dict) -> dict:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=environment,
+        env=dumping(folder),
         timeout=_COMPILE_SECONDS.value,
       )
     except subprocess.TimeoutExpired:

@@ -2,8 +2,8 @@
 
 A panel draws what a device could do at each number of operations a byte, and
 for each scheduled kernel the most that its schedule allows: the peak, divided
-by its bundles over the fewest its products take. Bundles below that number,
-which a schedule may have, count as that number.
+by its bundles over the fewest its products take, or what memory allows if that
+is less. Bundles below that number, which a schedule may have, count as it.
 """
 
 import pathlib
@@ -25,7 +25,12 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
   shown = [g for g in roofline.MXU if any(g == found[0] for found in points)]
   matplotlib.use("Agg")
   figure, panels = plt.subplots(
-    1, max(1, len(shown)), squeeze=False, sharey=True, figsize=(16, 6)
+    1,
+    max(1, len(shown)),
+    squeeze=False,
+    sharex=True,
+    sharey=True,
+    figsize=(16, 6),
   )
   for generation, panel in zip(shown, panels[0]):
     of_panel = [found for found in points if found[0] == generation]
@@ -67,8 +72,9 @@ def point(row: dict) -> tuple[str, str, float, float] | None:
     both = roofline.work(case, row["dtype"], "forward_backward")
     work = roofline.Work(both.flops - work.flops, both.bytes)
   share = found.plain / max(found.waste * found.bundles, found.plain)
-  peak = roofline.device(generation).flops[row["dtype"]]
-  return generation, name, work.flops / work.bytes, share * peak / 1e12
+  on, intensity = roofline.device(generation), work.flops / work.bytes
+  rate = min(share * on.flops[row["dtype"]], intensity * on.bytes)
+  return generation, name, intensity, rate / 1e12
 
 
 def _roof(panel, generation, intensities) -> None:

@@ -31,6 +31,9 @@ from pallas_kernels.sparse_mla import tpu_segments
 # Columns of a loop in a row, see `budget.LOOP`.
 _DEPTH, _BUNDLES, _, _LEAST, _ = range(5)
 _SAMPLES = 256
+# Registers that a bundle stores, and queries of a call of masked attention.
+_STORES = {"v5e": 1, "v5p": 1, "v6e": 2, "7x": 2}
+_CLEARED_QUERIES = 8192
 _BOTH = {"v5e": 1.3, "v5p": 1.3, "v6e": 3.0, "7x": 3.0}
 _BOTH_LONG = {"v5e": 1.6, "v5p": 1.6, "v6e": 4.0, "7x": 4.0}
 # By kernel and keys of a case: the most that its ratio should be.
@@ -162,9 +165,15 @@ def _masked(row, case):
   tile = module.HEADS * module.QUERIES * module.KEYS
   share = tile / (case.batch * case.queries * case.heads * case.keys)
   padded, plain = _minimum(row, case, is_forward)
+  # The gradients of a batch element's queries are cleared once a head.
+  clearing = 0
+  if not is_forward:
+    queries = min(case.queries, _CLEARED_QUERIES)
+    registers = queries * -(-case.width // tpu_rows.LANES) / 8
+    clearing = registers / _STORES[generation(row)]
   return Measure(
     f"{module.HEADS} x {module.QUERIES} x {module.KEYS} scores",
-    _own(row) / 2,
+    (_own(row) - clearing) / 2,
     share * padded,
     share * plain,
   )

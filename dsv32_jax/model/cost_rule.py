@@ -81,7 +81,7 @@ def choose_kernels(options, num_queries: int, dtype) -> str:
 
 def choose_experts(options) -> str:
   """Returns the implementation of `expert_ffn`: grouped products off CPUs."""
-  return "xla" if _platform(options) == "cpu" else "ragged"
+  return {"cpu": "xla", "tpu": "tpu"}.get(_platform(options), "ragged")
 
 
 def _platform(options):

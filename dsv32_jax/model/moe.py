@@ -202,7 +202,7 @@ def routed_experts(
     x_BTD: normed input.
     routing: the tokens' Routing.
     gate_EDF: of all experts; likewise up_EDF, down_EFD.
-    implementation: of `expert_ffn`. With "ragged", which is for accelerators,
+    implementation: of `expert_ffn`. With "ragged" or "tpu", for accelerators,
       tokens travel by `ragged_all_to_all`, which CPUs do not have.
   """
   num_experts, _, hidden = gate_EDF.shape
@@ -225,7 +225,7 @@ def routed_experts(
         axis="expert",
         devices=devices,
         capacity=expert_exchange.default_capacity(rows[1].size, devices),
-        ragged=implementation == "ragged",
+        ragged=implementation in ("ragged", "tpu"),
         implementation=implementation,
       )
       out_TD = expert_exchange.exchanged_experts(exchange, *rows, *matrices)

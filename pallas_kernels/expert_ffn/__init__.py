@@ -10,12 +10,15 @@ import jax.numpy as jnp
 from pallas_kernels import implementations
 from pallas_kernels.expert_ffn import ragged
 from pallas_kernels.expert_ffn import ref
+from pallas_kernels.expert_ffn import tpu
 from pallas_kernels.expert_ffn import xla
 
 _IMPLEMENTATIONS = {
   "ref": ref.expert_ffn,
   "xla": xla.expert_ffn,
   "ragged": ragged.expert_ffn,
+  "tpu": tpu.expert_ffn,
+  "tpu_interpret": implementations.interpreted(tpu.expert_ffn),
 }
 
 
@@ -45,7 +48,9 @@ def expert_ffn(
     down_EFD: down projections.
     implementation: "ref" (all experts for all tokens), "xla" (blocks of rows of
       one expert, for CPU), "ragged" (sorted rows and `jax.lax.ragged_dot`, for
-      TPU and GPU), or None, which is "xla".
+      GPU), "tpu" (the same, with a kernel for the matrices' gradients),
+      "tpu_interpret" (that, interpreted on any device, slowly), or None, which
+      is "xla".
 
   Returns:
     out_TD float32.

@@ -24,20 +24,36 @@ class _Plan(NamedTuple):
   sizes_E: jax.Array
 
 
-def expert_ffn(x_TD, experts_TA, weights_TA, gate_EDF, up_EDF, down_EFD):
-  """Returns out_TD float32; see the front for what it is."""
+def grouped(rows_ND, weight_EDF, sizes_E):
+  """Multiplies the rows of each group by its matrix: float32 [N,F].
+
+  Rows past the last group have results that nothing is said of.
+  """
+  return lax.ragged_dot(
+    rows_ND, weight_EDF, sizes_E, preferred_element_type=jnp.float32
+  )
+
+
+def expert_ffn(
+  x_TD,
+  experts_TA,
+  weights_TA,
+  gate_EDF,
+  up_EDF,
+  down_EFD,
+  *,
+  grouped=grouped,
+):
+  """Returns out_TD float32; see the front for what it is.
+
+  `grouped` multiplies, as the function of that name here.
+  """
   plan = _make_plan(experts_TA, gate_EDF.shape[0])
-
-  def grouped(rows, weight):
-    return lax.ragged_dot(
-      rows, weight, plan.sizes_E, preferred_element_type=jnp.float32
-    )
-
   x_ND = _dispatch(x_TD, plan)
-  gate_NF = grouped(x_ND, gate_EDF)
-  up_NF = grouped(x_ND, up_EDF)
+  gate_NF = grouped(x_ND, gate_EDF, plan.sizes_E)
+  up_NF = grouped(x_ND, up_EDF, plan.sizes_E)
   hidden_NF = (jax.nn.silu(gate_NF) * up_NF).astype(x_TD.dtype)
-  out_ND = grouped(hidden_NF, down_EFD)
+  out_ND = grouped(hidden_NF, down_EFD, plan.sizes_E)
   return _combine(out_ND, weights_TA.astype(jnp.float32), plan)
 
 

@@ -65,8 +65,8 @@ MISTAKES = (
   (["--mode=nonsense"], "--mode=nonsense"),
   (["--implementations=nonsense"], "nonsense"),
   (
-    ["--mode=schedule", "--platform=tpu:v5p:2x2x1", "--op=expert_ffn"],
-    "no operation has kernels for 'tpu'",
+    ["--mode=schedule", "--platform=gpu:h200", "--op=expert_ffn"],
+    "no operation has kernels for 'gpu'",
   ),
 )
 MORE_MISTAKES = (

@@ -75,7 +75,9 @@ def test_the_cost_rule_knows_lengths_and_platforms():
   assert cost_rule.choose_kernels(top_k, 4096, jnp.bfloat16) == "xla"
   assert cost_rule.choose_kernels(on_tpu, 1, jnp.float32) == "tpu"
   assert cost_rule.choose_experts(top_k) == "xla"
-  assert cost_rule.choose_experts(on_tpu) == "ragged"
+  assert cost_rule.choose_experts(on_tpu) == "tpu"
+  on_gpu = dataclasses.replace(top_k, kernels="gpu")
+  assert cost_rule.choose_experts(on_gpu) == "ragged"
 
 
 def test_a_tpu_gets_its_kernels_for_what_they_take(monkeypatch):

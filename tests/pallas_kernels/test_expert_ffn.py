@@ -9,7 +9,7 @@ import pytest
 from pallas_kernels.expert_ffn import expert_ffn
 from tests.support.tolerances import assert_close
 
-IMPLEMENTATIONS = ["ref", "xla", "ragged"]
+IMPLEMENTATIONS = ["ref", "xla", "ragged", "tpu_interpret"]
 # tokens, experts a token, experts, model width, expert width
 SIZES = {
   "odd": (37, 3, 5, 7, 6),
