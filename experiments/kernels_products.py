@@ -95,7 +95,8 @@ def compile_way(number: int, topology: str, folder: str) -> dict:
   ]
   try:
     compiled = jax.jit(function).lower(*arrays).compile()
-  except NotImplementedError as error:
+  except RuntimeError as error:
+    # No rule to translate a primitive, or what the compiler refuses.
     return {"failed": f"does not compile: {str(error).splitlines()[0]}"}
   text = compiled.as_text()
   per_bundle, _ = roofline.MXU[topology.split(":")[0].removeprefix("tpu")]
