@@ -95,6 +95,9 @@ def editable(config: Any) -> config_dict.ConfigDict:
         if member in _SCALARS:
           editable_config[field.name] = config_dict.placeholder(member)
     elif isinstance(value, tuple):
+      # Put over the list that `dump` makes, it would become a list itself,
+      # and flags can only override tuples.
+      del editable_config[field.name]
       editable_config[field.name] = tuple(
         editable(item) if dataclasses.is_dataclass(item) else item
         for item in value

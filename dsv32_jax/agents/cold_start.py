@@ -96,6 +96,61 @@ MODES = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ColdStartConfig:
+  """What to sample, and from whom.
+
+  Attributes:
+    seed: of tasks and scripted policies.
+    modes: names of MODES.
+    num_tasks: of each mode.
+    attempts: trajectories of a task.
+    least_reward: that an example has.
+    most_of_a_task: examples of one task and mode.
+    concurrency: trajectories at a time.
+    search_tasks: folder of a synthesis of search tasks.
+    base_url, model: of an OpenAI-compatible endpoint; "" for scripts.
+  """
+
+  seed: int = 0
+  modes: tuple[str, ...] = tuple(MODES)
+  num_tasks: int = 40
+  attempts: int = 4
+  least_reward: float = 1.0
+  most_of_a_task: int = 1
+  concurrency: int = 8
+  search_tasks: str = ""
+  base_url: str = ""
+  model: str = ""
+
+  def __post_init__(self):
+    for name in ("num_tasks", "attempts", "most_of_a_task", "concurrency"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be positive")
+    unknown = set(self.modes) - set(MODES)
+    if unknown or not self.modes:
+      raise ValueError(f"modes={self.modes} must be of {', '.join(MODES)}")
+    if not self.search_tasks and any(MODES[x].tools for x in self.modes):
+      raise ValueError("search_tasks is empty, and a mode has tools")
+    if bool(self.base_url) != bool(self.model):
+      raise ValueError(
+        f"base_url={self.base_url!r} and model={self.model!r} go together"
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trajectory:
+  """An episode with the mode and the task that it was sampled for."""
+
+  mode: str
+  task: str
+  result: loop.EpisodeResult
+
+  def row(self) -> dict[str, Any]:
+    """Returns it as JSON-able values."""
+    return {**self.result.row(), "mode": self.mode, "task": self.task}
+
+
 async def sample_reasoning(
   policy: policies.Policy,
   question: str,
