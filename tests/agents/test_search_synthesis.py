@@ -179,7 +179,8 @@ def test_every_rejection_has_a_reason_and_its_record(workdir):
   recorded = rows(workdir, "rejections.jsonl")
   assert [x["id"] for x in recorded] == [x["id"] for x in rejected]
   reasons = {row["reason"] for row in recorded}
-  assert {"guess answers it", "search does not help enough"} <= reasons
+  assert any(reason.endswith(" answers it") for reason in reasons)
+  assert "it is answered well without search" in reasons
 
 
 def test_the_verifier_refuses_what_is_wrong(workdir, library):
@@ -329,6 +330,27 @@ def test_the_offline_score():
   assert helpful.load(json.loads(json.dumps(helpful.dump(rubric)))) == rubric
   with pytest.raises(ValueError, match="nothing that can be seen"):
     helpful.Criterion(dimension="a", text="x")
+
+
+def test_existing_prompts_take_the_place_of_ours(workdir, tmp_path):
+  rubric = [
+    helpful.Criterion(dimension="a", text="x", phrases=("strict=True",))
+  ]
+  path = tmp_path / "prompts.jsonl"
+  asked = ["`JSONDecoder` options?", "Hello!"]
+  lines = [{"prompt": x, "rubric": helpful.dump(rubric)} for x in asked]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  (tmp_path / "corpus.sqlite").symlink_to(workdir / "corpus.sqlite")
+  config = dataclasses.replace(CONFIG, prompts=str(path))
+  campaign.run_helpful(config, tmp_path)
+  found = rows(tmp_path, "helpful.jsonl")
+  assert [row["question"] for row in found] == asked
+  assert [row["reason"] for row in found] == ["", "search does not help enough"]
+  assert found[0]["score_with"] == 1.0 and found[0]["score_without"] == 0.0
+  for wrong in ("{}", '{"prompt": "a", "rubric": []}', '{"prompt": "a"}'):
+    path.write_text(wrong)
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:1: no prompt"):
+      helpful.read_prompts(path)
 
 
 def test_the_report(workdir):

@@ -100,11 +100,18 @@ def run_helpful(
     config: numbers; `run` has made the folder.
     workdir: folder of this synthesis.
     progress: wraps the indices that are still to be judged.
+
+  Raises:
+    ValueError: naming file and line, if a given prompt is none.
   """
   index = open_corpus(config, workdir)
   rng = random.Random(f"{config.seed}/helpful")
   # All of them are shuffled once, so that a larger number only adds.
-  prompts = helpful.prompts(index, rng)[: config.num_helpful]
+  if config.prompts:
+    prompts = helpful.read_prompts(pathlib.Path(config.prompts))
+  else:
+    prompts = helpful.prompts(index, rng)
+  prompts = prompts[: config.num_helpful]
   with results.ResultsFile(workdir / HELPFUL_FILE) as file:
     for number in progress(range(len(file.rows), len(prompts))):
       prompt, rubric = prompts[number]

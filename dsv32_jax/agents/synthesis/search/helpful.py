@@ -9,10 +9,12 @@ several dimensions; it publishes neither. A judge can be given as the scorer
 
 from collections.abc import Awaitable, Callable, Sequence
 import dataclasses
+import pathlib
 import random
 import re
 from typing import Any
 
+from dsv32_jax.agents import tables
 from dsv32_jax.agents.environments import search
 from dsv32_jax.agents.environments import search_index
 from dsv32_jax.agents.synthesis.search import browsing
@@ -97,8 +99,7 @@ def prompts(
 ) -> list[tuple[str, list[Criterion]]]:
   """Writes prompts with their rubrics about documented functions.
 
-  One in ten is small talk. Where existing prompts with rubrics are at hand,
-  they take the place of these.
+  One in ten is small talk, which no search helps.
   """
   made = []
   for document in index.documents():
@@ -115,6 +116,24 @@ def prompts(
     text, phrases = rng.choice(_SMALL_TALK)
     made[place] = (text, [_criterion("tone", "It says it.", phrases)])
   return made
+
+
+def read_prompts(path: pathlib.Path) -> list[tuple[str, list[Criterion]]]:
+  """Reads existing prompts: rows of `prompt` and `rubric`.
+
+  Raises:
+    ValueError: naming file and line, if one is no prompt with a rubric.
+  """
+  found = []
+  for number, row in enumerate(tables.read_jsonl(path), 1):
+    try:
+      prompt, rubric = row["prompt"], load(row["rubric"])
+      if not isinstance(prompt, str) or not prompt.strip() or not rubric:
+        raise ValueError("prompt or rubric is empty")
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(f"{path}:{number}: no prompt: {error}") from error
+    found.append((prompt, rubric))
+  return found
 
 
 def _about(found, parameters, sentence, words, rng):

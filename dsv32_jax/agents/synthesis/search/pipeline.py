@@ -32,6 +32,8 @@ class SearchSynthesisConfig:
     passes: walks of the verification.
     modules: top-level modules whose documentation is searched; none for all.
     num_helpful: prompts of the second source to try.
+    prompts: JSONL of existing prompts, each with its rubric as
+      `helpful.dump` writes it; "" for prompts about the documentation.
     least_gain: of score by which search must help a prompt.
     workers: processes; they do not change what is written.
   """
@@ -45,6 +47,7 @@ class SearchSynthesisConfig:
   passes: int = 2
   modules: tuple[str, ...] = ()
   num_helpful: int = 400
+  prompts: str = ""
   least_gain: float = 0.3
   workers: int = 2
 
@@ -105,13 +108,13 @@ def synthesize(
     "breadth": rng.choice(config.breadths),
     "reason": "",
   }
-  begun = time.perf_counter()
+  begun = time.process_time()
   try:
     asyncio.run(_fill(row, config, path, answerers, rng))
   except constructing.Rejection as rejection:
     row["reason"] = str(rejection)
     row.pop("messages", None)
-  row["seconds"] = round(time.perf_counter() - begun, 3)
+  row["seconds"] = round(time.process_time() - begun, 3)
   return row
 
 

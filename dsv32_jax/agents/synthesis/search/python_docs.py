@@ -103,8 +103,9 @@ def _built_ins():
     if not isinstance(value, type) or value.__name__ != label:
       continue
     methods = []
-    for name, member in sorted(vars(value).items()):
-      if name.startswith("_") or not callable(member):
+    for name in sorted(x for x in vars(value) if not x.startswith("_")):
+      member = getattr(value, name)  # bound, where it is the class's
+      if not callable(member):
         continue
       try:
         parameters = str(inspect.signature(member))[1:-1]
@@ -149,9 +150,13 @@ def _module(name: str, tree: ast.Module, is_package: bool):
 
 def _is_public_function(node: ast.AST) -> bool:
   kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-  return isinstance(node, kinds) and (
-    node.name == "__init__" or not node.name.startswith("_")
-  )
+  if not isinstance(node, kinds):
+    return False
+  # Properties are no methods, whatever sets them.
+  decorators = {ast.unparse(x).split(".")[-1] for x in node.decorator_list}
+  if decorators & {"property", "cached_property", "setter", "deleter"}:
+    return False
+  return node.name == "__init__" or not node.name.startswith("_")
 
 
 def _method(node) -> Method:
