@@ -313,6 +313,24 @@ def _gather_backward(hops, dtype, _, gradient):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+def axes_of(name: str, size: int) -> tuple[str, ...]:
+  """The mesh axes that split a dimension; none without a mesh."""
+  mesh = _active_mesh()
+  if mesh is None:
+    return ()
+  return partition_spec((size,), (name,), mesh)[0] or ()
+
+
+def mesh_index(*axes):
+  """Counts a device's share along mesh axes inside shard_call, major first.
+
+  Without a mesh, or without an axis, it is 0.
+  """
+  if _active_or_manual() is None or not axes:
+    return 0
+  return jax.lax.axis_index(axes)
+
+
 def mesh_sum(x, *axes):
   """Sums x over mesh axes inside shard_call; without a mesh returns x."""
   if _active_or_manual() is None:

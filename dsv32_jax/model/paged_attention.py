@@ -56,7 +56,7 @@ def _select_in_place(held, index, sight, options):
   def each_query(array_BTX):
     return array_BTX.reshape(batch * queries, *array_BTX.shape[2:])
 
-  score_XS = decode_scores.decode_scores(
+  score_XS = _scores(
     each_query(index.query_BTIK),
     each_query(index.weight_BTI),
     held.index_key_PZK,
@@ -64,12 +64,53 @@ def _select_in_place(held, index, sight, options):
     jnp.repeat(held.table_BM, queries, axis=0),
     each_query(sight.slots_BT) + 1,
     # There are none for GPUs.
-    implementation="xla" if kernels == "gpu" else kernels,
+    "xla" if kernels == "gpu" else kernels,
   )
   indices_BTN, invalid_BT = index_select.select_scored(
     score_XS.reshape(batch, queries, -1), sight.slots_BT, top_k=options.select.k
   )
   return selection_lib.Selection(None, indices_BTN, invalid_BT)
+
+
+def _scores(
+  query_XIK, weight_XI, key_PZK, scale_PZ, table_XM, lengths_X, kernels
+):
+  """Index scores_XS; each device of a mesh scores the pages that it holds.
+
+  What travels between devices is a number a slot, never a key.
+  """
+  axes = sharding.axes_of("pages", key_PZK.shape[0])
+
+  def run(query_XIK, weight_XI, key_PZK, scale_PZ, table_XM, lengths_X):
+    own_XM = table_XM - sharding.mesh_index(*axes) * key_PZK.shape[0]
+    is_here_XM = (own_XM >= 0) & (own_XM < key_PZK.shape[0])
+    score_XS = decode_scores.decode_scores(
+      query_XIK,
+      weight_XI,
+      key_PZK,
+      scale_PZ,
+      jnp.where(is_here_XM, own_XM, 0),
+      lengths_X,
+      implementation=kernels,
+    )
+    if axes:
+      is_here_XS = jnp.repeat(is_here_XM, key_PZK.shape[1], axis=1)
+      score_XS = jnp.where(is_here_XS, score_XS, 0.0)
+      score_XS = sharding.mesh_sum(score_XS, *axes)
+    return (score_XS,)
+
+  whole = (None, None)
+  (score_XS,) = sharding.shard_call(
+    run,
+    (query_XIK, weight_XI, key_PZK, scale_PZ, table_XM, lengths_X),
+    (
+      *((None, None, None), whole),
+      *(("pages", None, None), ("pages", None)),
+      *(whole, (None,)),
+    ),
+    (whole,),
+  )
+  return score_XS
 
 
 def attend(

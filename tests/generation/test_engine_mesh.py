@@ -1,5 +1,7 @@
 """An engine over eight devices against one on a single device."""
 
+import re
+
 from flax import nnx
 import jax
 import numpy as np
@@ -62,7 +64,25 @@ def test_tokens_equal_those_of_one_device(model, sizes, index_key_format):
     np.testing.assert_array_equal(ours.selection_LNS, theirs.selection_LNS)
   for array in jax.tree.leaves(engine._programs._pages):
     assert array.addressable_shards[0].data.size == array.size // 8
+  _no_device_gathers_the_pages(engine)
   weights = jax.tree.leaves(engine._programs._state)
   # The experts' matrices, which are most of a large model.
   largest = max(weights, key=lambda leaf: leaf.size)
   assert largest.addressable_shards[0].data.size <= largest.size // 4
+
+
+def _no_device_gathers_the_pages(engine):
+  """Neither kind of step has an array of all pages in a device's program."""
+  calls = []
+  engine._programs._run, run = (
+    lambda *args, **how: calls.append((args[2], how)) or run(*args, **how),
+    engine._programs._run,
+  )
+  engine.warm_up()
+  assert [how["is_chunk"] for _, how in calls] == [True, False]
+  with jax.set_mesh(engine._programs._mesh):
+    for call, how in calls:
+      state, pages = engine._programs._state, engine._programs._pages
+      text = run.lower(state, pages, call, **how).compile().as_text()
+      assert "[5,4,16]" in text
+      assert not re.search(r"\[(40,4|160),(16|8)\]", text)
