@@ -16,9 +16,15 @@ from dsv32_jax.verifiers.tasks import mixture
 from experiments import common
 
 
+def _tiny(**changes) -> run_config.RlConfig:
+  # Room for the words of several domains.
+  model = dataclasses.replace(rl.tiny_model(), vocab_size=1024)
+  return dataclasses.replace(rl.tiny(**changes), model=model)
+
+
 def full() -> post_training.PostTrainingConfig:
   return post_training.PostTrainingConfig(
-    rl=rl.tiny(
+    rl=_tiny(
       tasks=(
         mixture.TaskConfig(kind="sorting", size=3, largest=20),
         mixture.TaskConfig(kind="arithmetic", size=2, largest=9),
