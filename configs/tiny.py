@@ -5,7 +5,8 @@ python -m experiments.train --config=configs/tiny.py:dense_warmup \
   --config.init_from=DIR/checkpoints --workdir=DIR2
 
 Variants: pretrain, dense_warmup, sparse, sft. A minute or a few each on two
-CPU cores.
+CPU cores. --config.held_out.batches=8 --config.checkpoint.keep_best=1 measures
+held-out text at each checkpoint and keeps the best one.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from dsv32_jax.data import tokenizer
 from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import presets
 from dsv32_jax.training import checkpoint
+from dsv32_jax.training import held_out
 from dsv32_jax.training import optimizer
 from dsv32_jax.training import run
 from dsv32_jax.training import schedule
@@ -54,6 +56,9 @@ def train_config(
     ),
     steps=steps,
     checkpoint=checkpoint.CheckpointConfig(every_steps=max(1, steps // 4)),
+    held_out=held_out.HeldOutConfig(
+      sources=(sources.SourceConfig(kind="stdlib_held_out"),)
+    ),
     **changes,
   )
 
