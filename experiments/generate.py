@@ -58,12 +58,11 @@ class Session:
       if _SYSTEM.value is not None:
         self._conversation.add({"role": "system", "content": _SYSTEM.value})
 
-  def answer(self, text: str) -> None:
+  def answer(self, text: str) -> terminal.Answer:
     """Shows an answer; where it cannot be, the conversation is as it was."""
     if self._conversation is None:
       tokenizer = self._model.tokenizer
-      self._draw([tokenizer.bos_id, *tokenizer.encode(text)], None)
-      return
+      return self._draw([tokenizer.bos_id, *tokenizer.encode(text)], None)
     conversation = self._conversation.fork()
     conversation.add({"role": "user", "content": text})
     drawn = self._draw(
@@ -72,6 +71,7 @@ class Session:
     )
     conversation.add_completion(drawn.token_ids, drawn.logprobs)
     self._conversation = conversation
+    return drawn
 
   def _draw(self, prompt_ids, chat) -> terminal.Answer:
     most = _TOKENS.value
@@ -142,8 +142,9 @@ def main(argv):
   session = Session(local_model.load())
   if text is None:
     chat(session)
-  else:
-    session.answer(text)
+    return 0
+  stopped = session.answer(text).finish_reason == "cancelled"
+  return 128 + signal.SIGINT if stopped else 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
+from dsv32_jax import sharding
 from dsv32_jax import weights
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.generation import engine as engines
@@ -36,6 +37,14 @@ _INDEX_KEYS = flags.DEFINE_enum(
   "model",
   ["model", "fp8"],
   "Index keys in --dtype, or as the official 8-bit indexer has them.",
+)
+_SPECULATE = flags.DEFINE_bool(
+  "speculate", False, "Draft tokens with the multi-token prediction module."
+)
+_MESH = flags.DEFINE_list(
+  "mesh",
+  [],
+  "Devices along axes, as in --mesh=expert:8,fsdp:-1; none: the first device.",
 )
 # Without these there is no chat.
 _CHAT_TOKENS = ("user", "assistant", "think_start", "think_end")
@@ -84,11 +93,11 @@ def load() -> LocalModel:
     # The CPU computes float32 as such; an accelerator needs to be told. Not by
     # a context: that would hold in this thread alone.
     jax.config.update("jax_default_matmul_precision", "highest")
-  tokenizer = _load_tokenizer()
+  tokenizer, mesh = _load_tokenizer(), make_mesh(_MESH.value)
   if _HF.value is not None:
-    model = weights.load_hf(_HF.value, dtype=dtype)
+    model = weights.load_hf(_HF.value, dtype=dtype, mesh=mesh)
   else:
-    model = model_checkpoint.load_model(_ORBAX.value, dtype=dtype)
+    model = model_checkpoint.load_model(_ORBAX.value, dtype=dtype, mesh=mesh)
   if tokenizer.vocab_size > model.config.vocab_size:
     raise ValueError(
       f"the tokenizer has {tokenizer.vocab_size} ids, the model only"
@@ -103,6 +112,7 @@ def load() -> LocalModel:
     memory_budget_bytes=int(_CACHE.value * 2**30),
     prefill_chunk=_CHUNK.value,
     max_length=length,
+    speculate=_SPECULATE.value,
     index_key_format=_INDEX_KEYS.value,
   )
   pages = config.pages_for(model.config, model.compute_dtype)
@@ -120,6 +130,22 @@ def load() -> LocalModel:
     max_length=min(length, pages * config.page_size),
     unused_ids=range(tokenizer.vocab_size, model.config.vocab_size),
   )
+
+
+def make_mesh(sizes: list[str]) -> jax.sharding.Mesh | None:
+  """Makes the mesh of --mesh; ValueError where it is none."""
+  if not sizes:
+    return None
+  found = {}
+  for one in sizes:
+    axis, _, size = one.strip().partition(":")
+    if axis not in sharding.AXES or axis in found:
+      raise ValueError(f"--mesh: {one!r} is not one of {sharding.AXES} and :N")
+    try:
+      found[axis] = int(size)
+    except ValueError:
+      raise ValueError(f"--mesh: {one!r} has no number of devices") from None
+  return sharding.make_mesh(sharding.MeshConfig(**found))
 
 
 def _load_tokenizer() -> tokenizers.Tokenizer:

@@ -74,6 +74,7 @@ class Answer:
     token_ids: all tokens, eos included.
     logprobs: of each.
     num_prompt_tokens: that it continues.
+    finish_reason: "cancelled" where it was stopped.
     first_seconds: until the first token.
     seconds: of all.
   """
@@ -81,6 +82,7 @@ class Answer:
   token_ids: tuple[int, ...]
   logprobs: tuple[float, ...]
   num_prompt_tokens: int
+  finish_reason: str
   first_seconds: float
   seconds: float
 
@@ -133,6 +135,7 @@ def answer(
     token_ids=tuple(event.token_id for event in drawn),
     logprobs=tuple(event.logprob for event in drawn),
     num_prompt_tokens=len(request.prompt_ids),
+    finish_reason=choice.finish_reason,
     first_seconds=first,
     seconds=time.monotonic() - begun,
   )

@@ -108,6 +108,7 @@ def wait_for(url, name, wanted):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_hundreds_of_streams_whose_clients_vanish(folder):
   # 125 pages of 8 tokens for 32 sequences: some give theirs back and wait.
   flags = ("--max_batch=32", "--cache_gib=0.0003", "--max_requests=300")
@@ -165,6 +166,7 @@ async def drained(process, url):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_sigterm_lets_what_runs_come_to_its_end(folder):
   with served_model.server(folder) as (process, url):
     for chunk in asyncio.run(drained(process, url)):
@@ -174,6 +176,7 @@ def test_sigterm_lets_what_runs_come_to_its_end(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_what_does_not_end_in_time_is_given_up(folder):
   flags = ("--drain_seconds=0.5", "--max_batch=1")
 
@@ -191,6 +194,7 @@ def test_what_does_not_end_in_time_is_given_up(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_agent_behind_the_api_and_a_key(folder, tmp_path):
   keys = tmp_path / "keys"
   keys.write_text("first\n\nsecond\n")

@@ -87,6 +87,7 @@ async def episode(runner, tokenizer, number):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_episodes_at_once_go_as_they_go_alone(engine, tokenizer):
   runner = runners.Runner(engine, max_requests=NUM_EPISODES)
 

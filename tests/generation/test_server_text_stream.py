@@ -29,6 +29,34 @@ def test_random_bytes_read_as_all_at_once(seed):
   assert "".join(stream(data)) == decode(data)
 
 
+@pytest.mark.parametrize(
+  "data", [b"\xef\xbf\xbd" * 40, b"\xff" * 90, b"\xe4\xb8" * 60, b"\xf0" * 70]
+)
+def test_what_stays_broken_is_not_read_again_and_again(data):
+  longest = 0
+
+  def noting_decode(ids):
+    nonlocal longest
+    longest = max(longest, len(ids))
+    return decode(ids)
+
+  one = text_stream.TextStream(noting_decode)
+  pieces = [one.push(byte) for byte in data] + [one.finish()]
+  assert "".join(pieces) == decode(data)
+  assert longest < 20
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_broken_text_of_long_tokens_reads_as_all_at_once(seed):
+  rng = np.random.default_rng(seed)
+  alphabet = [*"a\u00e9\u4e2d\U0001f600\ufffd".encode(), 0xFF, 0xE4]
+  draws = [rng.choice(alphabet, rng.integers(1, 4)) for _ in range(60)]
+  tokens = [bytes(draw.tolist()) for draw in draws]
+  one = text_stream.TextStream(lambda ids: decode(b"".join(ids)))
+  pieces = [one.push(token) for token in tokens] + [one.finish()]
+  assert "".join(pieces) == decode(b"".join(tokens))
+
+
 @pytest.mark.parametrize("seed", range(50))
 def test_nothing_past_a_stop_string(seed):
   rng = np.random.default_rng(seed)

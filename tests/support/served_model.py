@@ -18,7 +18,6 @@ def save_checkpoint(folder: pathlib.Path) -> tokenizers.Tokenizer:
   # More ids than the tokenizer has, as in published checkpoints.
   model = models.tiny_model(
     num_layers=2,
-    num_mtp_layers=0,
     vocab_size=tokenizer.vocab_size + 5,
     max_length=512,
   )
@@ -27,9 +26,13 @@ def save_checkpoint(folder: pathlib.Path) -> tokenizers.Tokenizer:
   return tokenizer
 
 
-def environment():
-  """One CPU device, as outside of the tests."""
-  return {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+def environment(num_devices: int = 1):
+  """So many CPU devices, of which the tests themselves have eight."""
+  return {
+    **os.environ,
+    "XLA_FLAGS": "--xla_backend_optimization_level=0"
+    f" --xla_force_host_platform_device_count={num_devices}",
+  }
 
 
 @contextlib.contextmanager

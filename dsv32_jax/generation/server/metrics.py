@@ -18,7 +18,14 @@ _PATHS = (
 )
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 # What an engine counts that only grows; all else goes up and down.
-_TOTALS = ("prompt_tokens", "shared_tokens", "drawn_tokens", "preemptions")
+_TOTALS = (
+  "prompt_tokens",
+  "shared_tokens",
+  "drawn_tokens",
+  "drafted_tokens",
+  "accepted_tokens",
+  "preemptions",
+)
 
 
 class Metrics:

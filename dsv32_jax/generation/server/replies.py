@@ -8,6 +8,7 @@ temperature and truncation, for all that the model wrote, thinking included.
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any
 import uuid
 
@@ -63,7 +64,9 @@ class Choice:
     text, reason = "", event.finish_reason
     if event.token_id is not None:
       self.num_tokens += 1
-      self._tokens.append((event.token_id, event.logprob))
+      # JSON has no infinities, and the API this number in their place.
+      logprob = event.logprob if math.isfinite(event.logprob) else -9999.0
+      self._tokens.append((event.token_id, logprob))
       if not (reason == "stop" and event.token_id == self._eos_id):
         text = self._text.push(event.token_id)
     if reason is None and self._text.stopped:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dsv32_jax.data import tokenizer as tokenizers
 
 BROKEN = "\ufffd"
+_MOST_PENDING = 8
 
 
 def decode(tokenizer: tokenizers.Tokenizer, token_ids: Sequence[int]) -> str:
@@ -63,7 +64,24 @@ class TextStream:
       self._pending, self._num_sent = [], 0
     else:
       self._num_sent = len(whole)
+      self._shorten(text)
     return self._release(fresh)
+
+  def _shorten(self, text: str) -> None:
+    """Lets go of tokens that no character which is yet to come is part of.
+
+    Text may go on being broken for ever, or hold U+FFFD itself: decoding all
+    that is pending again and again would take ever longer.
+    """
+    if len(self._pending) <= _MOST_PENDING:
+      return
+    # A character has four bytes at most, a token at least one.
+    for count in range(4, _MOST_PENDING):
+      head = self._decode(self._pending[:-count])
+      if head + self._decode(self._pending[-count:]) == text:
+        self._pending = self._pending[-count:]
+        self._num_sent -= len(head)
+        return
 
   def finish(self) -> str:
     """Returns what was held back; the answer is over."""
