@@ -165,9 +165,6 @@ def _masked(
   )
   if index is None:
     return out, None
-  if kernels == "gpu":
-    # The KL over masked keys has no kernels for GPUs.
-    visible["implementation"] = "xla"
   kl_BT = indexer_kl.indexer_kl(
     index.query_BTIK,
     index_key_BSK,

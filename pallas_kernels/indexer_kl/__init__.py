@@ -26,6 +26,7 @@ from pallas_kernels.indexer_kl import checks
 from pallas_kernels.indexer_kl import gathered
 from pallas_kernels.indexer_kl import gathered_gpu
 from pallas_kernels.indexer_kl import gathered_tpu
+from pallas_kernels.indexer_kl import masked_gpu
 from pallas_kernels.indexer_kl import ref
 from pallas_kernels.indexer_kl import tpu
 from pallas_kernels.indexer_kl import xla
@@ -68,8 +69,9 @@ def indexer_kl(
       None is all visible keys.
     query_segments_BT: int32 segments; None is one segment.
     key_segments_BS: int32 segments; None is one segment.
-    implementation: "ref", "xla", "tpu", "tpu_interpret" (the TPU kernels in
-      an interpreter that looks for races), or None, which is "xla".
+    implementation: "ref", "xla", "gpu" (Hopper kernels, bfloat16 only, up to
+      64 index heads), "tpu", "tpu_interpret" (the TPU kernels in an interpreter
+      that looks for races), or None, which is "xla".
 
   Returns:
     kl_BT; 0 where the set is empty.
@@ -257,6 +259,7 @@ def _gathered(implementation, is_sorted):
 _MASKED = {
   "ref": functools.partial(_evaluate_reference, ref.indexer_kl),
   "xla": xla.evaluate,
+  "gpu": masked_gpu.evaluate,
   "tpu": tpu.evaluate,
   "tpu_interpret": implementations.interpreted(tpu.evaluate),
 }

@@ -15,6 +15,7 @@ from pallas_kernels.decode_scores import gpu as decode_gpu
 from pallas_kernels.index_select import gpu as index_gpu
 from pallas_kernels.index_select import gpu_search
 from pallas_kernels.indexer_kl import gathered_gpu
+from pallas_kernels.indexer_kl import masked_gpu as masked_kl
 from pallas_kernels.masked_attention import gpu as masked_gpu
 from pallas_kernels.masked_attention import gpu_backward as masked_backward
 from pallas_kernels.sparse_mla import gpu as sparse_gpu
@@ -122,6 +123,18 @@ def gathered_kl_program():
   return evaluate, [trained, constants, weight_BT]
 
 
+def masked_kl_program():
+  trained = types((1, 128, 64, 128), (1, 512, 128))
+  trained.append(jax.ShapeDtypeStruct((1, 128, 64), jnp.float32))
+  constants = types((1, 128, 16, 192), (1, 512, 16, 192))
+  constants.append(jax.ShapeDtypeStruct((1, 128, 16), jnp.float32))
+  constants.append(jax.ShapeDtypeStruct((1, 128), jnp.int32))
+  constants.append(jax.ShapeDtypeStruct((1, 128, 16), jnp.uint32))
+  weight_BT = jax.ShapeDtypeStruct((1, 128), jnp.float32)
+  evaluate = functools.partial(masked_kl.evaluate, 0.1)
+  return evaluate, [trained, [*constants, None, None], weight_BT]
+
+
 def masked_backward_program(width, value_width, key_heads):
   arrays = types(
     (1, 512, 4, width),
@@ -185,6 +198,12 @@ def masked_program(width, value_width):
       ],
       200,
     ),
+    (
+      masked_kl_program(),
+      # The masses, the scores, and gradients of queries and keys.
+      [{"HGMMA": 12}, {"HGMMA": 16}, {"HGMMA": 12}, {"HGMMA": 12}],
+      232,
+    ),
     (masked_program(192, 128), [{"HGMMA": 20, "UTMALDG": 8}], 232),
     (masked_program(256, 256), [{"HGMMA": 20, "UTMALDG": 7}], 232),
     (masked_backward_program(192, 128, 4), [{"HGMMA": 24}, {"HGMMA": 28}], 240),
@@ -201,6 +220,7 @@ def masked_program(width, value_width):
     "sparse",
     "sparse-backward",
     "gathered-kl",
+    "masked-kl",
     "masked-192",
     "masked-256",
     "masked-backward-192",

@@ -10,9 +10,11 @@ from pallas_kernels import checking
 from pallas_kernels import indexer_kl
 from pallas_kernels import problems
 from pallas_kernels.indexer_kl import gathered_gpu
+from pallas_kernels.indexer_kl import masked_gpu
 from tests.support.mosaic_gpu import interpreted
 from tests.support.mosaic_gpu import interpreter
 
+MASKED = [c for c in cases.CHECKS if c.operation == "indexer_kl"]
 CASES = [c for c in cases.CHECKS if c.operation == "indexer_kl_gathered"]
 # Two blocks of heads, lists that fill the ring more than once.
 MANY = cases.Case(
@@ -34,6 +36,8 @@ MANY = cases.Case(
 def in_interpreter(monkeypatch):
   evaluate = functools.partial(gathered_gpu.evaluate, interpret=interpreter())
   monkeypatch.setitem(indexer_kl._GATHERED, "gpu", evaluate)
+  evaluate = functools.partial(masked_gpu.evaluate, interpret=interpreter())
+  monkeypatch.setitem(indexer_kl._MASKED, "gpu", evaluate)
   indexer_kl._gathered.cache_clear()
   yield
   indexer_kl._gathered.cache_clear()
@@ -50,6 +54,14 @@ def test_gathered_kl_agrees_with_the_reference(
 ):
   # Chunks, of which the last is not full.
   monkeypatch.setattr(gathered_gpu, "CHUNK", 5)
+  (found,) = checking.check(case, "bfloat16", ["gpu"])
+  assert found["passed"], found
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
+def test_masked_kl_agrees_with_the_reference(case, in_interpreter):
   (found,) = checking.check(case, "bfloat16", ["gpu"])
   assert found["passed"], found
 
@@ -77,8 +89,23 @@ def test_value_alone_is_that_with_gradients(in_interpreter):
     ({"latent": 513}, "MAX_KEY_WIDTH"),
   ],
 )
-def test_other_inputs_are_refused(changes, words):
+def test_gathered_kl_refuses_other_inputs(changes, words):
   fields = {"latent": 64, "rope": 64} | changes
   case = dataclasses.replace(MANY, **fields)
+  dtype = "bfloat16" if changes else "float32"
+  assert words in checking.refusal(case, dtype, "gpu")
+
+
+@pytest.mark.parametrize(
+  "changes,words",
+  [
+    ({}, "bfloat16"),
+    ({"index_heads": 65}, "HEADS"),
+    ({"index_width": 129}, "WIDTH"),
+    ({"width": 257}, "MAX_WIDTH"),
+  ],
+)
+def test_masked_kl_refuses_other_inputs(changes, words):
+  case = dataclasses.replace(MASKED[0], **changes)
   dtype = "bfloat16" if changes else "float32"
   assert words in checking.refusal(case, dtype, "gpu")
