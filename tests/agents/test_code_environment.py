@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from dsv32_jax.agents import loop
+from dsv32_jax.agents import policy
 from dsv32_jax.agents.environments import code
 from tests.support import code_repository as repositories
 
@@ -183,6 +185,36 @@ def test_a_snapshot_continues(made):
       await other.restore({**taken, "state": {"delta": {"archive": "?"}}})
 
   asyncio.run(episode())
+
+
+def test_an_episode_of_a_policy(made):
+  """Wrong calls are observations, and the answer is what the tree holds."""
+  workspace, task = made["python"]
+  path, text = repositories.FIX["python"]
+  edit = {"path": path, "old_text": "split(' ')", "new_text": "split()"}
+  script = policy.replies(
+    policy.call("view", '{"path": 3}'),
+    policy.call("edit", json.dumps(edit)),
+    policy.call("submit", "{}"),
+  )
+  episode = asyncio.run(
+    loop.run_episode(
+      policy.ScriptedPolicy(script),
+      lambda: code.CodeEnvironment(task, workspace),
+      episode_id="1",
+    )
+  )
+  assert edit["new_text"] in text
+  result = episode.result
+  assert (result.reward, result.finish, result.error) == (1.0, "done", "")
+  assert (result.num_calls, result.num_bad_calls) == (2, 1)
+  told = [m["content"] for m in result.messages if m["role"] == "tool"]
+  assert told[0].startswith("error: ") and told[1:] == [
+    "done",
+    "The work is submitted.",
+  ]
+  shown = json.dumps(result.messages)
+  assert repositories.SECRET not in shown and "test_spaces" not in shown
 
 
 def test_misuse_is_told(made):

@@ -1,5 +1,6 @@
 """Code tasks from a history and from instances, on a repository made here."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -362,3 +363,22 @@ def test_misuse_is_told():
       pipeline.CodeSynthesisConfig(**bad)
   with pytest.raises(ValueError, match="least_words=0"):
     filters.FilterConfig(least_words=0)
+  with pytest.raises(ValueError, match="most_files=1000"):
+    filters.FilterConfig(most_files=1000)
+
+
+def test_a_change_of_thousands_of_files_is_rejected(tmp_path):
+  name = "a_long_name_of_a_folder_" * 8
+  files = {f"{name}/m{number}.py": "x = 1\n" for number in range(1500)}
+  repositories.commit(tmp_path, {"a.py": "x = 1\n"}, "Begin")
+  repositories.commit(
+    tmp_path,
+    {**files, "test_m.py": "def test_m():\n  pass\n"},
+    "Thousands of modules that all are one",
+  )
+  (candidate,) = candidates.from_history(str(tmp_path), "HEAD", 10)
+  told = filters.heuristics(candidate, filters.FilterConfig())
+  assert told == "the patches touch too many files"
+  long = dataclasses.replace(candidate, patch=candidate.patch * 50)
+  told = filters.heuristics(long, filters.FilterConfig())
+  assert told == "the patches are too long"

@@ -90,6 +90,8 @@ class CodeEnvironment(checked.CheckedEnvironment):
     Args:
       task: what is to be done.
       workspace: of the image that `build` made; many environments share it.
+        A call takes up to its `seconds`, a verification as much for each batch
+        of tests: an episode's `environment_seconds` has to allow for it.
       max_steps: after as many calls an episode is done.
 
     Raises:

@@ -17,8 +17,8 @@ from dsv32_jax.agents import tables
 from dsv32_jax.agents.repository import languages
 from dsv32_jax.agents.repository import tree
 
-# Text of one patch; what is larger is no single change.
-_MAX_PATCH_CHARACTERS = 4 << 20
+# Of a patch; a command line takes no more, and no single change has as many.
+MOST_FILES = 1000
 _CLOSES = re.compile(
   r"(?:close[sd]?|fix(?:e[sd])?|resolve[sd]?):?\s+#(\d+)", re.I
 )
@@ -140,20 +140,16 @@ def from_history(
     )
     changed = os.fsdecode(paths).split("\0")[:-1]
     language = _language_of(changed)
-    is_test = languages.LANGUAGES[language].is_test if language else bool
-    sides = {
-      side: [p for p in changed if bool(is_test(p)) == side]
-      for side in (False, True)
-    }
-    if not language:
-      sides = {False: changed, True: []}
+    is_test = languages.find(language).is_test if language else lambda _: False
+    sources = [path for path in changed if not is_test(path)]
+    tests = [path for path in changed if is_test(path)]
     yield Candidate(
       id=f"{name}-{commit[:12]}",
       repository=repository,
       commit=base,
       statement=_statement(message, issues or {}),
-      patch=_diff(repository, base, commit, sides[False]),
-      test_patch=_diff(repository, base, commit, sides[True]),
+      patch=_diff(repository, base, commit, sources),
+      test_patch=_diff(repository, base, commit, tests),
       language=language,
     )
 
@@ -243,10 +239,9 @@ def _diff(repository, base, commit, paths) -> str:
     base,
     commit,
     "--",
-    *paths,
+    *paths[:MOST_FILES],
   )
-  text = found.decode("utf-8", "replace")
-  return text if len(text) <= _MAX_PATCH_CHARACTERS else ""
+  return found.decode("utf-8", "replace")
 
 
 def _statement(message: str, issues: Mapping[int, str]) -> str:

@@ -23,6 +23,8 @@ _ROUTINE = re.compile(
   r"|typo|wip\b|update (?:changelog|dependenc)|v?\d+\.\d+)",
   re.I,
 )
+# Of two patches; longer ones are not even read.
+_MOST_CHARACTERS = 4 << 20
 _WORD = re.compile(r"\w+")
 _JUDGE = """Below are an issue and the patch that resolved it. Could an engineer
 who sees the repository and the issue, but not the patch, know what to change
@@ -53,6 +55,11 @@ class FilterConfig:
         raise ValueError(
           f"{field.name}={getattr(self, field.name)} must be at least 1"
         )
+    # A patch of a history is cut off there.
+    if self.most_files >= candidates.MOST_FILES:
+      raise ValueError(
+        f"most_files={self.most_files} must be below {candidates.MOST_FILES}"
+      )
 
 
 def heuristics(candidate: candidates.Candidate, config: FilterConfig) -> str:
@@ -62,6 +69,8 @@ def heuristics(candidate: candidates.Candidate, config: FilterConfig) -> str:
     return found
   if not candidate.language:
     return "no test file of a known language is touched"
+  if len(candidate.patch) + len(candidate.test_patch) > _MOST_CHARACTERS:
+    return "the patches are too long"
   try:
     patched = candidates.patched_files(candidate.patch)
     tests = candidates.patched_files(candidate.test_patch)
