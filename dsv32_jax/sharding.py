@@ -188,6 +188,14 @@ def batch_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def num_shards(axis: str) -> int:
+  """Returns how many devices of the mesh in use split a logical axis."""
+  mesh = _active_mesh()
+  if mesh is None:
+    return 1
+  return math.prod(mesh.shape[a] for a in RULES[axis])
+
+
 def constrain(x, *axes):
   """Constrains x to its logical axes; without a mesh returns x."""
   mesh = _active_mesh()

@@ -20,6 +20,7 @@ from dsv32_jax.model import layers
 from dsv32_jax.model import mla
 from dsv32_jax.model import moe
 from dsv32_jax.model import selection as selection_lib
+from dsv32_jax.model import token_order
 
 # B batch, T tokens, D model width, E experts, A experts a token, L layers
 
@@ -32,12 +33,14 @@ class Sequence(NamedTuple):
     sight: visibility of the queries.
     real_BT: bool, False on padding.
     length_B: int32 tokens in the cache before these, or None.
+    order: in which the tokens lie; None for their own.
   """
 
   rotation: tuple
   sight: selection_lib.Visibility
   real_BT: jax.Array
   length_B: jax.Array | None
+  order: token_order.TokenOrder | None = None
 
 
 class LayerInputs(NamedTuple):
@@ -132,6 +135,7 @@ class Block(nnx.Module):
       layer=inputs.layer,
       cache=inputs.cache,
       length_B=sequence.length_B,
+      order=sequence.order,
       replay=inputs.selection,
     )
     x_BTD = x_BTD + attended_BTD

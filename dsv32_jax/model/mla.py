@@ -5,6 +5,7 @@ of K; attention.py attends to them.
 """
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 
 from dsv32_jax.model import attention as attention_lib
@@ -65,6 +66,7 @@ class LatentAttention(nnx.Module):
     layer,
     cache: cache_lib.LayerCache | None = None,
     length_B=None,
+    order=None,
     replay=None,
   ):
     """Attends from x's tokens to themselves, or to the cache they join.
@@ -77,6 +79,7 @@ class LatentAttention(nnx.Module):
       layer: int32 scalar, the layer's number.
       cache: this layer's cache, or None.
       length_B: tokens the cache holds, where there is one.
+      order: TokenOrder of x's tokens, or None for their own.
       replay: a recorded selection, words or indices, or None.
 
     Returns:
@@ -117,6 +120,8 @@ class LatentAttention(nnx.Module):
       out_BTD = self.project_output(values_BTHV)
       return out_BTD, held, dict(selection=chosen, kl_BT=None, trace=trace)
     held = cache_lib.LayerCache(*new)
+    if order is not None:
+      held = jax.tree.map(order.restore, held)
     if cache is not None:
       held = cache_lib.LayerCache(
         *(cache_lib.append(a, b, length_B) for a, b in zip(cache, held))

@@ -15,6 +15,7 @@ from dsv32_jax.model import layers
 from dsv32_jax.model import mtp as mtp_lib
 from dsv32_jax.model import rope
 from dsv32_jax.model import selection as selection_lib
+from dsv32_jax.model import token_order
 
 # B batch, T tokens, S slots, D model width, L layers, A experts a token
 
@@ -160,6 +161,7 @@ class Transformer(nnx.Module):
     cache: cache_lib.Cache | None = None,
     options: attention_lib.AttentionOptions | None = None,
     replay: Replay = Replay(),
+    order: token_order.TokenOrder | None = None,
     with_logits: bool = True,
     record: bool = False,
     trace: bool = False,
@@ -175,13 +177,17 @@ class Transformer(nnx.Module):
       cache: appended to and returned, or None.
       options: selector and form; default DeepSeek Sparse Attention.
       replay: recorded choices to use.
+      order: in which tokens, positions and segments are given and results come;
+        None for their own. Not with a cache.
       with_logits: compute the logits at every position.
       record: report routing and selection for a replay.
       trace: report intermediates (for tests and captures).
       remat: rematerialisation of a layer: a function that wraps its step.
     """
     options = options or self.default_options()
-    sequence, cache = self.describe(tokens_BT, positions_BT, segments_BT, cache)
+    sequence, cache = self.describe(
+      tokens_BT, positions_BT, segments_BT, cache, order
+    )
     embedding_BTD = self.embed(tokens_BT, self.compute_dtype)
 
     def run(block, x_BTD, inputs):
@@ -216,8 +222,9 @@ class Transformer(nnx.Module):
       select=selection_lib.TopK(self.config.index_top_k)
     )
 
-  def describe(self, tokens_BT, positions_BT, segments_BT, cache):
+  def describe(self, tokens_BT, positions_BT, segments_BT, cache, order=None):
     """Returns the Sequence of new tokens, and the cache with their segments."""
+    assert order is None or cache is None, "a cache has its own order"
     batch, length = tokens_BT.shape
     place_BT = jnp.broadcast_to(
       jnp.arange(length, dtype=jnp.int32), (batch, length)
@@ -226,7 +233,12 @@ class Transformer(nnx.Module):
     if cache is not None:
       held_B = cache.length_B
       place_BT = place_BT + held_B[:, None]
-    slots_BT, key_segments_BS = place_BT, segments_BT
+    key_segments_BS = segments_BT
+    if order is not None:
+      place_BT = order.apply(place_BT)
+      if segments_BT is not None:
+        key_segments_BS = order.restore(segments_BT)
+    slots_BT = place_BT
     real_BT = jnp.ones((batch, length), bool)
     if segments_BT is not None:
       real_BT = segments_BT > 0
@@ -245,7 +257,7 @@ class Transformer(nnx.Module):
       self.config.rope_width,
       self.config.rope,
     )
-    return block_lib.Sequence(rotation, sight, real_BT, held_B), cache
+    return block_lib.Sequence(rotation, sight, real_BT, held_B, order), cache
 
   def _layer_inputs(self, cache, replay: Replay):
     """Splits caches and replays between the dense and the MoE layers."""
@@ -276,6 +288,7 @@ class Transformer(nnx.Module):
     options=None,
     positions_BT=None,
     segments_BT=None,
+    order=None,
     remat=None,
     experts_BTA=None,
   ):
@@ -286,7 +299,7 @@ class Transformer(nnx.Module):
 
     Args:
       output: of this model on the same tokens, without a cache.
-      tokens_BT, positions_BT, segments_BT: as given to the forward.
+      tokens_BT, positions_BT, segments_BT, order: as given to the forward.
       options: attention options; default DeepSeek Sparse Attention.
       remat: wraps the module for rematerialisation, or None.
       experts_BTA: recorded routing of the module to use, or None.
@@ -300,8 +313,13 @@ class Transformer(nnx.Module):
     if self.mtp is None:
       raise ValueError(f"num_mtp_layers={self.config.num_mtp_layers}: no MTP")
     options = options or self.default_options()
-    sequence, _ = self.describe(tokens_BT, positions_BT, segments_BT, None)
-    next_BT = jnp.roll(tokens_BT, -1, axis=1)
+    sequence, _ = self.describe(
+      tokens_BT, positions_BT, segments_BT, None, order
+    )
+    if order is None:
+      next_BT = jnp.roll(tokens_BT, -1, axis=1)
+    else:
+      next_BT = order.apply(jnp.roll(order.restore(tokens_BT), -1, axis=1))
     inputs = block_lib.LayerInputs(
       layer=jnp.int32(self.config.num_layers), experts_BTA=experts_BTA
     )

@@ -17,6 +17,7 @@ import optax
 from dsv32_jax import sharding
 from dsv32_jax.data import batch as batch_lib
 from dsv32_jax.model import moe
+from dsv32_jax.model import token_order
 from dsv32_jax.model import transformer
 from dsv32_jax.training import losses
 from dsv32_jax.training import optimizer as optimizer_lib
@@ -91,6 +92,9 @@ def stage_loss(
     multi-token prediction's last), None without MoE layers.
   """
   options = stage.options(model.config)
+  order = token_order.balanced(batch.tokens_BT.shape[1])
+  if order is not None:
+    batch = jax.tree.map(order.apply, batch)
   real_BT = batch.segments_BT > 0
   segments_BT = batch.segments_BT
   if not stage.separate_documents:
@@ -99,6 +103,7 @@ def stage_loss(
     positions_BT=batch.positions_BT if stage.separate_documents else None,
     segments_BT=segments_BT,
     options=options,
+    order=order,
     remat=remat,
   )
   output = model(batch.tokens_BT, with_logits=False, **given)
@@ -129,7 +134,7 @@ def further_losses(model, output, batch, stage, per, **given):
     batch: Batch.
     stage: StageConfig.
     per: Denominators.
-    **given: to the forward: positions, segments, options and remat.
+    **given: to the forward: positions, segments, options, order and remat.
 
   Returns:
     The weighted sum, its metrics, and load_LE as of `stage_loss`.
@@ -145,7 +150,7 @@ def further_losses(model, output, batch, stage, per, **given):
       value, _ = losses.lm_loss(
         hidden_BTD,
         model.head.kernel[...],
-        *losses.mtp_targets(batch.targets_BT, batch.loss_mask_BT),
+        *_mtp_targets(batch, given.get("order")),
         per.further_targets,
       )
       loss += stage.mtp_weight * value
@@ -168,6 +173,14 @@ def further_losses(model, output, batch, stage, per, **given):
     jnp.sum(part.invalid_BT) for part in parts if part.invalid_BT is not None
   ) + jnp.float32(0.0)
   return loss, metrics, load_LE
+
+
+def _mtp_targets(batch, order):
+  """The second next tokens and their mask, in the order of the batch."""
+  given = batch.targets_BT, batch.loss_mask_BT
+  if order is None:
+    return losses.mtp_targets(*given)
+  return map(order.apply, losses.mtp_targets(*map(order.restore, given)))
 
 
 def make_step(
