@@ -96,3 +96,17 @@ def test_what_json_cannot_hold_is_refused():
     config_files.dump(Inner(rate=float("inf")))
   with pytest.raises(ValueError, match="dataclass"):
     config_files.dump({"rate": 1.0})
+
+
+def test_an_editable_tuple_stays_one():
+  """Flags can override a tuple, and no list."""
+  outer = Outer(inner=Inner(rate=1.0), many=(Inner(rate=2.0),))
+  made = config_files.editable(outer)
+  assert made.pair == (1, "a") and isinstance(made.pair, tuple)
+  assert isinstance(made.many, tuple)
+  made.many[0].rate = 3.0
+  made.pair = (2, "b")
+  built = config_files.build(Outer, made)
+  assert built == dataclasses.replace(
+    outer, many=(Inner(rate=3.0),), pair=(2, "b")
+  )
