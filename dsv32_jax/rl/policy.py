@@ -1,6 +1,7 @@
 """The learning half of a run: state, reference and checkpoints."""
 
 import itertools
+import logging
 import os
 
 import jax
@@ -26,6 +27,7 @@ from dsv32_jax.verifiers import tasks
 
 # Problems of each task that a tokenizer is trained on.
 _TOKENIZER_PROBLEMS = 500
+_log = logging.getLogger(__name__)
 
 
 class Policy:
@@ -186,15 +188,24 @@ def _seed(*numbers: int) -> int:
 def _describe(rollout: sampling.Rollout, values) -> dict[str, float]:
   """What a rollout was like, whatever is learned from it."""
   rewards = list(itertools.chain(*rollout.rewards))
+  errors = [one.error for one in rewards if one.error]
+  if errors:
+    _log.warning(
+      "rollout %d: %d answers were not scored and earn 0; the first: %s",
+      rollout.number,
+      len(errors),
+      errors[0],
+    )
   answers = list(itertools.chain(*rollout.groups))
   informative_P = np.asarray(grpo.informative_groups(np.asarray(values)))
   found = {
     "reward": float(np.mean([r.value for r in rewards])),
     "outcome": float(np.mean([r.outcome for r in rewards])),
-    "failed_scores": sum(bool(r.error) for r in rewards),
+    "failed_scores": len(errors),
     "informative_groups": float(np.mean(informative_P)),
     "answer_tokens": float(np.mean([one.written_N.sum() for one in answers])),
     "truncated": rollout.truncated,
+    "shared_prompt_tokens": rollout.shared,
     "staleness": rollout.number - rollout.version,
   }
   for domain in sorted({one.domain for one in answers}):

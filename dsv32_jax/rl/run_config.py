@@ -173,12 +173,16 @@ class RlConfig:
         f"weights_every={self.weights_every} goes with max_staleness=0: side"
         " by side, the sampler takes the newest policy"
       )
-    if self.checkpoint.every_steps % self.weights_every:
-      raise ValueError(
-        f"checkpoint.every_steps={self.checkpoint.every_steps} must be a"
-        f" multiple of weights_every={self.weights_every}: a checkpoint holds"
-        " no second policy"
-      )
+    for name, value in (
+      ("rollouts", self.rollouts),
+      ("checkpoint.every_steps", self.checkpoint.every_steps),
+    ):
+      if value % self.weights_every:
+        raise ValueError(
+          f"{name}={value} must be a multiple of"
+          f" weights_every={self.weights_every}: a checkpoint holds no second"
+          " policy"
+        )
 
   def _check_sizes(self):
     if self.rows % self.microbatches:

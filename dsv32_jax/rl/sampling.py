@@ -39,6 +39,7 @@ class Rollout:
     groups: trajectories of each prompt.
     rewards: likewise.
     truncated: share of answers that were cut off.
+    shared: share of prompt tokens that were computed for an earlier answer.
     seconds: by phase.
     held_out: pass@1 of that policy by domain, where it was measured.
   """
@@ -48,6 +49,7 @@ class Rollout:
   groups: Sequence[Sequence[replay.Trajectory]]
   rewards: Sequence[Sequence[reward_lib.Reward]]
   truncated: float
+  shared: float
   seconds: dict[str, float]
   held_out: dict[str, float] | None = None
 
@@ -137,6 +139,7 @@ class Sampler:
       for answer in range(config.group_size)
     ]
     repeated = [one for one in problems for _ in range(config.group_size)]
+    before = self._engine.stats()
     start = time.perf_counter()
     completions = self._answers(repeated, seeds)
     drawn = time.perf_counter()
@@ -153,6 +156,7 @@ class Sampler:
       groups=_grouped(trajectories, config.group_size),
       rewards=_grouped(rewards, config.group_size),
       truncated=float(np.mean(cut)),
+      shared=_shared(before, self._engine.stats()),
       seconds={
         "evaluation": start - arrived,
         "sampling": drawn - start,
@@ -243,6 +247,14 @@ def held_out_problems(config: run_config.RlConfig) -> list[tasks.Problem]:
       share,
     )
   ]
+
+
+def _shared(before, after) -> float:
+  """Share of the prompt tokens between two counts that were not computed."""
+  computed, shared = (
+    after[name] - before[name] for name in ("prompt_tokens", "shared_tokens")
+  )
+  return shared / (computed + shared)
 
 
 def _grouped(items, size: int):

@@ -12,6 +12,7 @@ import pytest
 from dsv32_jax import sharding
 from dsv32_jax.rl import loop
 from dsv32_jax.rl import policy as policy_lib
+from dsv32_jax.training import checkpoint
 from dsv32_jax.training import metrics
 from dsv32_jax.training import run
 from tests.support import rl_runs
@@ -52,13 +53,21 @@ def rows(folder, name="train"):
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_goes_on_bitwise(tmp_path, monkeypatch):
-  whole = train(rl_runs.config(), tmp_path / "whole")
+@pytest.mark.parametrize(
+  # With weights handed over every other rollout, it stops where one is due.
+  "weights_every, stops_at",
+  [(1, 3), (2, 4)],
+)
+def test_a_run_that_stopped_goes_on_bitwise(
+  tmp_path, monkeypatch, weights_every, stops_at
+):
+  config = rl_runs.config(rollouts=6, weights_every=weights_every)
+  whole = train(config, tmp_path / "whole")
   seen = stop_after(monkeypatch, 3)
-  with pytest.raises(run.Stopped, match="rollout 3 of 5"):
-    train(rl_runs.config(), tmp_path / "parts")
-  again = train(rl_runs.config(), tmp_path / "parts")
-  assert seen == [0, 1, 2, 3, 4]
+  with pytest.raises(run.Stopped, match=f"rollout {stops_at} of 6"):
+    train(config, tmp_path / "parts")
+  again = train(config, tmp_path / "parts")
+  assert seen == [0, 1, 2, 3, 4, 5]
   one, other = (
     (tmp_path / name / "metrics.jsonl").read_bytes()
     for name in ("whole", "parts")
@@ -70,8 +79,36 @@ def test_a_run_that_stopped_goes_on_bitwise(tmp_path, monkeypatch):
   for path, value in want.items():
     np.testing.assert_array_equal(got[path], value, err_msg=str(path))
   found = rows(tmp_path / "whole")
-  assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
+  assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+  assert [row["staleness"] for row in found] == [
+    number % weights_every for number in range(6)
+  ]
   assert any(row["steps"] == 2 and row["gradient_norm"] > 0 for row in found)
+  # Three answers of four find their prompt's first chunks computed.
+  assert all(0.3 < row["shared_prompt_tokens"] < 0.75 for row in found)
   held_out = rows(tmp_path / "whole", "held_out")
-  assert [row["version"] for row in held_out] == [0, 2, 4, 5]
+  assert [row["version"] for row in held_out] == [
+    0,
+    2,
+    4,
+    6,
+  ]
   assert {"pass_at_1_sorting", "pass_at_1_arithmetic"} <= held_out[0].keys()
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(group_size=1), "group_size=1"),
+    (dict(weights_every=2), "rollouts=5 must be a multiple"),
+    (dict(weights_every=3, rollouts=6), r"checkpoint\.every_steps=2"),
+    (dict(weights_every=2, max_staleness=1), "goes with max_staleness=0"),
+    (dict(max_staleness=-1), "max_staleness=-1"),
+    (dict(row_lengths=(64,)), "max_length=96"),
+    (dict(microbatches=4), "microbatches=4 does not divide the 6 rows"),
+    (dict(checkpoint=checkpoint.CheckpointConfig(keep_best=1)), "keep_best=1"),
+  ],
+)
+def test_bad_config(change, message):
+  with pytest.raises(ValueError, match=message):
+    rl_runs.config(**change)
