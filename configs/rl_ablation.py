@@ -14,13 +14,11 @@ import dataclasses
 from configs import rl
 from dsv32_jax.rl import run_config
 from dsv32_jax.training import checkpoint
-from dsv32_jax.verifiers.tasks import mixture
 from experiments import common
 
 
 def full() -> run_config.RlConfig:
   config = rl.tiny(
-    tasks=(mixture.TaskConfig(kind="sorting", size=3, largest=20),),
     rollouts=40,
     weights_every=2,
     evaluation=run_config.EvaluationConfig(every=40, problems=400),

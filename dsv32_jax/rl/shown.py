@@ -25,6 +25,7 @@ from dsv32_jax.rl import once
 from dsv32_jax.rl import policy as policy_lib
 from dsv32_jax.rl import run_config
 from dsv32_jax.rl import sampling
+from dsv32_jax.training import loop as training_loop
 from dsv32_jax.training import metrics as metrics_lib
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import optimizer as optimizer_lib
@@ -264,8 +265,13 @@ def compare(config: ShownConfig, workdir: str) -> dict[str, Any]:
   Returns:
     By part its curve, and `pass_at_1`: of the start, of GRPO's last policy, and
     of the best evaluation of the further fine-tuning.
+
+  Raises:
+    ValueError: if the folder holds another comparison.
+    run.Stopped: after a SIGTERM, once GRPO's state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
+  training_loop.claim_folder(config, workdir, frozenset())
 
   def part(name, compute):
     return once.once(os.path.join(workdir, f"{name}.json"), compute)
