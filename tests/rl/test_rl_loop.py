@@ -53,6 +53,7 @@ def rows(folder, name="train"):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
   # With weights handed over every other rollout, it stops where one is due.
   "weights_every, stops_at",
