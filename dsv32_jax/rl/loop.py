@@ -117,6 +117,9 @@ def _learn(policy, rollouts, writer, bar, stop) -> None:
         "seconds": time.perf_counter() - clock,
         "waiting_seconds": waited,
         "learning_seconds": learning,
+        # Which pages are free to be shared depends on all that came before,
+        # in this process.
+        "shared_prompt_tokens": rollout.shared,
         **{f"{name}_seconds": s for name, s in rollout.seconds.items()},
       },
     )

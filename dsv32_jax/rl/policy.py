@@ -205,7 +205,6 @@ def _describe(rollout: sampling.Rollout, values) -> dict[str, float]:
     "informative_groups": float(np.mean(informative_P)),
     "answer_tokens": float(np.mean([one.written_N.sum() for one in answers])),
     "truncated": rollout.truncated,
-    "shared_prompt_tokens": rollout.shared,
     "staleness": rollout.number - rollout.version,
   }
   for domain in sorted({one.domain for one in answers}):
