@@ -43,7 +43,7 @@ def full() -> post_training.PostTrainingConfig:
     distilled_steps=300,
     sequence_length=128,
     batch_size=16,
-    asked=200,
+    asked=150,
     answers=4,
   )
 
