@@ -45,9 +45,10 @@ def describe(config: post_training.PostTrainingConfig, report: dict) -> str:
   lines = [
     "# Post-training",
     "",
-    "Held-out pass@1 in percent, of"
-    f" {config.rl.evaluation.problems} problems that no part has trained on;"
-    " the rows named as a column are that domain's specialists.",
+    "Held-out pass@1 in percent, of at most"
+    f" {-(-config.rl.evaluation.problems // len(config.domains))} problems a"
+    " domain (fewer where it has no more) that no part has trained on; the rows"
+    " named as a column are that domain's specialists.",
     "",
     "| model | " + " | ".join(columns) + " | seconds |",
     "|---" * (len(columns) + 2) + "|",
@@ -82,6 +83,7 @@ def draw(path, report: dict) -> None:
     title="Held-out pass@1 after each part of post-training",
     y_label="pass@1, percent",
     from_zero=True,
+    digits=0,
   )
 
 

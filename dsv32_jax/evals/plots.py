@@ -67,6 +67,7 @@ def bars(
   title: str,
   y_label: str,
   from_zero: bool = False,
+  digits: int = 3,
 ) -> None:
   """Draws groups of bars, a value and half its interval each, into a PNG.
 
@@ -77,6 +78,7 @@ def bars(
     y_label: with its unit.
     from_zero: whether the axis begins at 0; else at what shows differences,
       which the axis label says.
+    digits: behind the point of a bar's value.
   """
   if not from_zero:
     y_label += " (axis does not begin at 0)"
@@ -102,7 +104,7 @@ def bars(
         label=name if j == 0 else None,
       )
       axes.annotate(
-        f"{value:.3f}",
+        f"{value:.{digits}f}",
         (place, value + half),
         xytext=(0, 3),
         textcoords="offset points",
