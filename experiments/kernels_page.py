@@ -58,7 +58,8 @@ length once.
 COPIES = """## Decoding: who starts the copies
 
 A copy is started by an instruction of the core, so that its loop bounds how
-fast pages arrive.
+fast pages arrive: a step scores 2048 keys, 32 pages of 64, and starting their
+copies takes longer than the rest of it.
 """
 MEMORY = """## Temporary memory
 
