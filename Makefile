@@ -85,7 +85,8 @@ schedule-%: $(STAMP)
 	$(BIN)/python -m experiments.kernels --mode=schedule --shapes=$(SHAPES) \
 	  --platform=tpu:$(TOPOLOGY_$*) --budget=$(BUDGETS) $(ARGS)
 
-# The GPU kernels compiled for Hopper, no GPU needed, and their machine code.
+# The GPU kernels compiled for Hopper, no GPU needed, and their machine code,
+# against the budget where the versions are those it was written with.
 machine-code:
 	$(MAKE) hopper VENV=.venv-hopper-$(JAX) EXTRAS=dev,hopper
 
@@ -93,6 +94,8 @@ machine-code:
 hopper: $(STAMP)
 	$(BIN)/python -c "import jax_cuda13_plugin"
 	$(PYTEST) -m "" tests/pallas_kernels/test_gpu_machine_code.py $(ARGS)
+	$(BIN)/python -m experiments.kernels --mode=schedule --shapes=real \
+	  --platform=gpu:h200 $(if $(filter pinned,$(JAX)),--budget=$(BUDGETS))
 
 # The 671B model's step compiled for whole pods; the table goes to the README.
 pods:

@@ -63,7 +63,7 @@ def _select_in_place(held, index, sight, options):
     held.index_scale_PZ,
     jnp.repeat(held.table_BM, queries, axis=0),
     each_query(sight.slots_BT) + 1,
-    # There are none for GPUs.
+    # On a GPU none that has run on one, nor any that takes every page.
     "xla" if kernels == "gpu" else kernels,
   )
   indices_BTN, invalid_BT = index_select.select_scored(

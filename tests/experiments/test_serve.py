@@ -117,8 +117,9 @@ def test_hundreds_of_streams_whose_clients_vanish(folder):
     wait_for(url, "dsv32_engine_pages_used", 0)
     wait_for(url, "dsv32_http_requests_open", 1)  # the question itself
     ended = 'dsv32_choices_ended_total{reason="%s"}'
-    # How many of the impatient ones ask at all depends on the machine.
-    assert value(url, ended % "cancelled") >= NUM_STREAMS // 8
+    # How many are caught at work depends on the machine; that one is, and
+    # holds nothing then, test_server_refusals shows without a race.
+    assert value(url, ended % "cancelled") > 0
     assert value(url, "dsv32_engine_preemptions_total") > 0
     assert value(url, "dsv32_engine_running") == 0
     assert value(url, "dsv32_engine_waiting") == 0
