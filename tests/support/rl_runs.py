@@ -48,6 +48,8 @@ def config(**changes):
     group_size=4,
     row_lengths=(95,),
     scoring_workers=1,
+    # On a loaded machine a score may wait: no answer is to fail for that.
+    scoring_seconds=120.0,
     evaluation=run_config.EvaluationConfig(every=2, problems=4),
     tokenizer=tokenizer.TokenizerConfig(vocab_size=VOCAB),
     checkpoint=checkpoint.CheckpointConfig(every_steps=2),
