@@ -10,8 +10,10 @@ import dataclasses
 import multiprocessing
 from multiprocessing import connection
 import resource
+import signal
 import time
 from typing import Any
+import weakref
 
 # How long a worker may take to import what its function needs.
 _START_SECONDS = 120.0
@@ -122,6 +124,9 @@ class _Worker:
     )
     self.process.start()
     other.close()
+    # Of a pool that nobody closed: what multiprocessing sends at the end of the
+    # program is a SIGTERM, which a worker does not hear.
+    weakref.finalize(self, self.process.kill)
     self.usable = True
     self.deadline = 0.0
     if not self.pipe.poll(_START_SECONDS):
@@ -175,6 +180,10 @@ def _finished(busy):
 
 def _serve(pipe, function, memory_bytes):
   """The life of a worker."""
+  # What stops the program's whole group (a scheduler's SIGTERM, Ctrl-C) is not
+  # to cost the answers at hand their score: the pool ends its workers itself.
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
   if memory_bytes is not None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
   pipe.send("ready")

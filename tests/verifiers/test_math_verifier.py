@@ -1,6 +1,10 @@
 """Mathematical answers, and workers that hang, crash and are replaced."""
 
 import os
+import pathlib
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -19,6 +23,9 @@ def behave(item):
     os._exit(3)
   if kind == "raise":
     raise KeyError("line one\nline two")
+  if kind == "signal":
+    os.kill(os.getpid(), value)
+    return value
   if kind == "eat":
     return len(bytearray(value))
   return value, os.getpid()
@@ -30,6 +37,33 @@ def pool():
     behave, num_workers=2, timeout_seconds=1.0, memory_bytes=8 * 2**30
   ) as pool:
     yield pool
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_stops_the_program_costs_no_score(pool, number):
+  (outcome,) = pool.map([("signal", number)])
+  assert outcome.value == number and not outcome.error
+
+
+def test_a_pool_that_nobody_closes_ends_with_its_program(tmp_path):
+  program = tmp_path / "program.py"
+  program.write_text(
+    "from dsv32_jax.verifiers import workers\n"
+    "if __name__ == '__main__':\n"
+    "  pool = workers.WorkerPool(abs, num_workers=1, timeout_seconds=60)\n"
+    "  print(pool.map([-1])[0].value, pool._idle[0].process.pid)\n"
+  )
+  finished = subprocess.run(
+    [sys.executable, program],
+    check=True,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    env=os.environ | {"PYTHONPATH": os.getcwd()},
+  )
+  value, pid = finished.stdout.split()
+  assert value == "1"
+  assert not pathlib.Path(f"/proc/{pid}").exists()
 
 
 def test_failures_cost_their_own_item_only(pool):
