@@ -116,12 +116,16 @@ def row(target: Target, report: dict) -> tuple[str, ...]:
     *head,
     gib("argument_bytes_per_device"),
     f"{gib('peak_bytes_per_device')} of {hbm}",
-    f"{model / 1e15:.0f}",
+    _short(model / 1e15),
     run,
-    f"{moved / 1e9:.0f}",
+    _short(moved / 1e9),
     made,
-    f"{report['step_seconds']:.0f} s, {report['mfu']:.0%}",
+    f"{_short(report['step_seconds'])} s, {report['mfu']:.0%}",
   )
+
+
+def _short(number: float) -> str:
+  return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _report(target: Target, folder: pathlib.Path) -> dict:

@@ -25,7 +25,8 @@ class Estimate(NamedTuple):
   """Seconds of a step.
 
   Attributes:
-    product_seconds: of the products that the program runs.
+    product_seconds: of the products that the program runs, the model's own at
+      least.
     memory_seconds: of reading weights, and state or cache, once.
     exchange_seconds: of its collectives.
     step_seconds: the longer of the two, and then the exchange.
@@ -55,7 +56,10 @@ def estimate(report: report_lib.Report, generation: str) -> Estimate:
     raise ValueError(f"{generation=} is not one of {', '.join(LINK_BYTES)}")
   (device,) = (d for d in roofline.DEVICES if d.name == generation)
   peak = report.devices * device.flops["bfloat16"]
-  products = report.program_flops_per_step / peak
+  # A kernel's loop over what is visible may count once; the model's own
+  # operations are then the better bound.
+  needed = max(report.program_flops_per_step, report.model_flops_per_step)
+  products = needed / peak
   moved = sum(report.collective_bytes_per_device.values())
   exchange = moved / LINK_BYTES[generation]
   memory = report.argument_bytes_per_device / device.bytes
