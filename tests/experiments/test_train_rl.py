@@ -58,7 +58,8 @@ def test_the_671b_variant_is_a_run():
   [
     ("--config.group_size=1", "group_size=1"),
     ("--config.sampler.engine.max_length=100", "row_lengths=(63,)"),
-    ("--config.weights_every=3", "checkpoint.every_steps=20"),
+    ("--config.weights_every=3", "rollouts=200"),
+    ("--config.weights_every=8", "checkpoint.every_steps=20"),
     ("--config.learner.temperature=0.0", "temperature=0.0"),
     ("--config.learner.keep_rooting=True", "keep_rooting"),
   ],
