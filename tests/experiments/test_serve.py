@@ -42,7 +42,7 @@ def arguments(number, **changes):
   return dict(
     model="tiny",
     messages=[{**USER, "content": USER["content"] * (1 + number % 5)}],
-    max_tokens=12 + number % 9,
+    max_tokens=64 + 8 * (number % 9),
     seed=number,
     extra_body={**body, "ignore_eos": True},
     **changes,
@@ -111,8 +111,8 @@ def wait_for(url, name, wanted):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_hundreds_of_streams_whose_clients_vanish(folder):
-  # 125 pages of 8 tokens for 32 sequences: some give theirs back and wait.
-  flags = ("--max_batch=32", "--cache_gib=0.0003", "--max_requests=300")
+  # 83 pages of 8 tokens for 32 sequences: some give theirs back and wait.
+  flags = ("--max_batch=32", "--cache_gib=0.0002", "--max_requests=300")
   with served_model.server(folder, *flags) as (process, url):
     texts = asyncio.run(load(url))
     wait_for(url, "dsv32_engine_pages_used", 0)
