@@ -24,6 +24,17 @@ from absl import flags  # noqa: E402  after the settings above
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+_define = flags.FlagValues.__setitem__
+
+
+def _define_again(values, name, flag):
+  """Lets a program define what another one did: tests import several."""
+  flag.allow_override = True
+  _define(values, name, flag)
+
+
+flags.FlagValues.__setitem__ = _define_again
+
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
