@@ -1,7 +1,6 @@
 """experiments.serve as a process of its own, under the `openai` client."""
 
 import asyncio
-import contextlib
 import re
 import signal
 import socket
@@ -68,8 +67,8 @@ async def streamed(api, number, leave_after=None):
 
 
 async def whole_until(api, number, seconds):
-  """Asks for a long answer, and vanishes unless the machine is faster."""
-  with contextlib.suppress(TimeoutError):
+  """Asks for an answer that takes longer, and vanishes."""
+  with pytest.raises(TimeoutError):
     async with asyncio.timeout(seconds):
       await api.chat.completions.create(
         **{**arguments(number), "max_tokens": 300}
@@ -118,9 +117,8 @@ def test_hundreds_of_streams_whose_clients_vanish(folder):
     wait_for(url, "dsv32_engine_pages_used", 0)
     wait_for(url, "dsv32_http_requests_open", 1)  # the question itself
     ended = 'dsv32_choices_ended_total{reason="%s"}'
-    # How many are caught at work depends on the machine; that one is, and
-    # holds nothing then, test_server_refusals shows without a race.
-    assert value(url, ended % "cancelled") > 0
+    # How many of the impatient ones ask at all depends on the machine.
+    assert value(url, ended % "cancelled") >= NUM_STREAMS // 8
     assert value(url, "dsv32_engine_preemptions_total") > 0
     assert value(url, "dsv32_engine_running") == 0
     assert value(url, "dsv32_engine_waiting") == 0
