@@ -17,7 +17,6 @@ import time
 import jax
 
 from dsv32_jax import sharding
-from dsv32_jax.data import pipeline
 from dsv32_jax.data import sources
 from dsv32_jax.data import tokenizer as tokenizer_lib
 from dsv32_jax.distillation import config as distill_config
@@ -32,7 +31,6 @@ from dsv32_jax.training import loop
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import optimizer as optimizer_lib
 from dsv32_jax.training import run as run_lib
-from dsv32_jax.training import stages
 from dsv32_jax.verifiers import reward as reward_lib
 
 
@@ -181,22 +179,8 @@ def _fine_tune_on_answers(config, workdir):
 
 
 def _fine_tune(config, workdir, name, source, steps, init_from):
-  train = run_lib.TrainConfig(
-    model=config.rl.model,
-    stage=stages.SFT,
-    optimizer=config.sft_optimizer,
-    data=pipeline.DataConfig(
-      sources=(source,),
-      sequence_length=config.sequence_length,
-      batch_size=config.batch_size,
-      packing="first_fit",
-      seed=config.rl.seed,
-      tokenizer=tokenizer_lib.TokenizerConfig(path=_tokenizer_path(workdir)),
-    ),
-    steps=steps,
-    mesh=config.rl.mesh,
-    seed=config.rl.seed,
-    init_from=init_from,
+  train = shown.sft_config(
+    config, source, workdir, steps=steps, init_from=init_from
   )
   loop.train(train, os.path.join(workdir, name), title=name)
 

@@ -160,28 +160,41 @@ class FineTuning:
 
 def train_config(config: ShownConfig, workdir: str, *, init_from):
   """The fine-tuning as a stage on solved.jsonl."""
+  source = sources.SourceConfig(
+    kind="jsonl",
+    path=os.path.join(workdir, SOLVED_FILE),
+    prompt_field="prompt",
+    response_field="response",
+  )
+  return sft_config(
+    config, source, workdir, steps=config.max_steps, init_from=init_from
+  )
+
+
+def sft_config(config, source, workdir: str, *, steps: int, init_from):
+  """A fine-tuning of the model of a GRPO run, by its seed and on its mesh.
+
+  Args:
+    config: has `rl`, `sft_optimizer`, `sequence_length` and `batch_size`.
+    source: SourceConfig of the examples.
+    workdir: folder with tokenizer.json.
+    steps: of the fine-tuning.
+    init_from: folder of checkpoints to start from, or None.
+  """
+  tokenizer = os.path.join(workdir, run_lib.TOKENIZER_FILE)
   return run_lib.TrainConfig(
     model=config.rl.model,
     stage=stages.SFT,
     optimizer=config.sft_optimizer,
     data=pipeline.DataConfig(
-      sources=(
-        sources.SourceConfig(
-          kind="jsonl",
-          path=os.path.join(workdir, SOLVED_FILE),
-          prompt_field="prompt",
-          response_field="response",
-        ),
-      ),
+      sources=(source,),
       sequence_length=config.sequence_length,
       batch_size=config.batch_size,
       packing="first_fit",
       seed=config.rl.seed,
-      tokenizer=tokenizer_lib.TokenizerConfig(
-        path=os.path.join(workdir, run_lib.TOKENIZER_FILE)
-      ),
+      tokenizer=tokenizer_lib.TokenizerConfig(path=tokenizer),
     ),
-    steps=config.max_steps,
+    steps=steps,
     mesh=config.rl.mesh,
     seed=config.rl.seed,
     init_from=init_from,
