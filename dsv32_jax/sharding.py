@@ -326,7 +326,7 @@ def axes_of(name: str, size: int) -> tuple[str, ...]:
   mesh = _active_mesh()
   if mesh is None:
     return ()
-  return partition_spec((size,), (name,), mesh)[0] or ()
+  return _mesh_axes(partition_spec((size,), (name,), mesh)[0])
 
 
 def mesh_index(*axes):

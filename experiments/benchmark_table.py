@@ -1,5 +1,6 @@
 """The results of the CPU benchmark as text: a line each, and the table."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -25,9 +26,18 @@ def machine() -> dict:
     "cpu": model,
     "cpus_allowed": len(os.sched_getaffinity(0)),
     "python": platform.python_version(),
-    "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    "versions": _versions(),
     "date": datetime.date.today().isoformat(),
   }
+
+
+def _versions() -> dict[str, str]:
+  """Of the packages that are here: a program may need no peer."""
+  found = {}
+  for name in PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
 
 
 def line(result: dict) -> str:

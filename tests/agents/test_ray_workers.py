@@ -16,7 +16,12 @@ from dsv32_jax.agents import ray_workers
 from dsv32_jax.agents.environments import search
 from dsv32_jax.agents.environments import search_index
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+  pytest.mark.slow,
+  # Ray forks its daemons, which execute another program at once; where an
+  # earlier test started JAX in this process, JAX warns of every fork.
+  pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning"),
+]
 IDS = [f"e{number}" for number in range(12)]
 
 
