@@ -299,9 +299,19 @@ def _canonical(value: Any) -> Any:
   return value
 
 
+def _is_integer(checker, value):
+  """A schema takes 1.0 for an integer; functions that count with it do not."""
+  del checker
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
 DRAFT = referencing.jsonschema.DRAFT202012
 _Validator = validators.extend(
-  jsonschema.Draft202012Validator, {"uniqueItems": _unique_items}
+  jsonschema.Draft202012Validator,
+  {"uniqueItems": _unique_items},
+  type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
+    "integer", _is_integer
+  ),
 )
 
 

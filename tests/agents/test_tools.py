@@ -70,6 +70,7 @@ WRONG = {
   "unknown": ('{"city": "x", "town": 1}', "'town' was unexpected"),
   "type": ('{"city": 5}', "$.city: 5 is not of type 'string'"),
   "quoted": ('{"city": "x", "days": "3"}', "$.days: '3' is not of type"),
+  "float": ('{"city": "x", "days": 2.0}', "2.0 is not of type 'integer'"),
   "bool": ('{"city": "x", "days": true}', "True is not of type 'integer'"),
   "range": ('{"city": "x", "days": 0}', "$.days: 0 is less than"),
   "NaN": ('{"city": "x", "days": NaN}', "NaN, which is no number"),

@@ -87,7 +87,8 @@ class McpEnvironment(checked.CheckedEnvironment):
     Raises:
       ValueError: max_steps is less than 1.
     """
-    super().__init__(task, (), max_steps)
+    super().__init__(task.id, tools.CallChecker(()), max_steps)
+    self.task = task
     self._make_client = make_client
     self._session: _Session | None = None
 

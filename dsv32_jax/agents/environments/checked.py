@@ -1,6 +1,6 @@
 """What environments share whose tools are checked here and wait elsewhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from dsv32_jax.agents import tools
@@ -11,19 +11,26 @@ class CheckedEnvironment:
   """Counts steps and checks calls; `carry_out` does what is left of them.
 
   Attributes:
-    task: with an `id`.
     state: of the episode: `steps`, `done` and what a subclass adds in `begin`.
   """
 
-  def __init__(
-    self, task: Any, schemas: Sequence[protocol.ToolSchema], max_steps: int
-  ):
-    """Takes the tools; ValueError if max_steps is less than 1."""
+  def __init__(self, task_id: str, checker: tools.CallChecker, max_steps: int):
+    """Takes what an episode is checked by.
+
+    Args:
+      task_id: that snapshots are told by.
+      checker: of the tools; making one takes longer than an episode's calls,
+        so that environments share it.
+      max_steps: after as many calls an episode is done.
+
+    Raises:
+      ValueError: max_steps is less than 1.
+    """
     if max_steps < 1:
       raise ValueError(f"{max_steps=} must be at least 1")
-    self.task = task
+    self._task_id = task_id
     self._max_steps = max_steps
-    self._checker = tools.CallChecker(schemas)
+    self._checker = checker
     self._state: dict[str, Any] | None = None
 
   @property
@@ -44,18 +51,21 @@ class CheckedEnvironment:
     state["steps"] += 1
     try:
       self._checker.check(call.name, call.arguments)
+      text = await self.carry_out(call)
     except tools.ToolError as error:
       text = tools.observation_of_error(error)
-    else:
-      text = await self.carry_out(call)
     state["done"] = state["done"] or state["steps"] >= self._max_steps
     return protocol.Step(observation=text, done=state["done"])
 
   async def carry_out(self, call: protocol.ToolCall) -> str:
-    """Does what a call of the right form asks; returns the observation."""
+    """Does what a call of the right form asks; returns the observation.
+
+    Raises:
+      tools.ToolError: what the call asks cannot be done.
+    """
     raise AssertionError(f"{type(self).__name__} has no tools")
 
   def check_snapshot(self, snapshot: Mapping[str, Any]) -> None:
     """Raises ValueError for the snapshot of another task."""
-    if snapshot["task"] != self.task.id:
-      raise ValueError(f"{snapshot['task']=} is not {self.task.id=}")
+    if snapshot["task"] != self._task_id:
+      raise ValueError(f"{snapshot['task']=} is not {self._task_id!r}")

@@ -8,6 +8,7 @@ sandbox that an agent's commands run in; they are placed for grading alone.
 from collections.abc import Mapping
 from typing import Any
 
+from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import checked
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.repository import grading
@@ -68,6 +69,7 @@ TOOLS = (
   ),
   _schema("submit", "Ends the work; hidden tests decide.", {}, []),
 )
+_CHECKER = tools.CallChecker(TOOLS)
 
 
 class CodeEnvironment(checked.CheckedEnvironment):
@@ -97,7 +99,8 @@ class CodeEnvironment(checked.CheckedEnvironment):
     Raises:
       ValueError: max_steps is less than 1.
     """
-    super().__init__(task, TOOLS, max_steps)
+    super().__init__(task.id, _CHECKER, max_steps)
+    self.task = task
     self.last_grade: grading.Grade | None = None
     self._workspace = workspace
 

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from dsv32_jax.agents import interpreter as interpreters
+from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import checked
 from dsv32_jax.agents.environments import protocol
 
@@ -41,6 +42,7 @@ TOOLS = (
     },
   ),
 )
+_CHECKER = tools.CallChecker(TOOLS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,8 @@ class InterpreterEnvironment(checked.CheckedEnvironment):
     Raises:
       ValueError: max_steps is less than 1.
     """
-    super().__init__(task, TOOLS, max_steps)
+    super().__init__(task.id, _CHECKER, max_steps)
+    self.task = task
     self._make_interpreter = make_interpreter
     self._interpreter: interpreters.Interpreter | None = None
 

@@ -8,11 +8,11 @@ a scorer instead (a function of question and answer to 0 to 1).
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import json
 import re
 from typing import Any
 
 from dsv32_jax.agents import tools
+from dsv32_jax.agents.environments import checked
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.environments import search_index
 
@@ -85,11 +85,10 @@ SCHEMAS = (
   ),
 )
 
-# Checking the schemas takes longer than an episode's calls.
 _CHECKER = tools.CallChecker(SCHEMAS)
 
 
-class SearchEnvironment:
+class SearchEnvironment(checked.CheckedEnvironment):
   """One question over one source; see protocol.Environment."""
 
   def __init__(
@@ -117,6 +116,7 @@ class SearchEnvironment:
       raise ValueError(f"task {task['id']}: its corpus is {wanted}, not this")
     if scorer is None and not task.get("answer"):
       raise ValueError(f"task {task['id']} has neither an answer nor a scorer")
+    super().__init__(task["id"], _CHECKER, limits.max_steps)
     self.task = task
     self._source, self._limits, self._scorer = source, limits, scorer
     self._functions = {
@@ -125,28 +125,13 @@ class SearchEnvironment:
       "find": self._find,
       "submit_result": self._submit,
     }
-    self._state: dict[str, Any] | None = None
 
   async def reset(self) -> protocol.Start:
-    self._state = {"steps": 0, "done": False, "answer": None}
+    self.begin(answer=None)
     return protocol.Start(observation=prompt(self.task), tools=SCHEMAS)
 
-  async def step(self, call: protocol.ToolCall) -> protocol.Step:
-    state = self._running()
-    if state["done"]:
-      raise RuntimeError("the episode is done")
-    state["steps"] += 1
-    try:
-      text = json.dumps(dict(call.arguments))
-      arguments = _CHECKER.arguments(call.name, text)
-      observation = await self._functions[call.name](**arguments)
-    except tools.ToolError as error:
-      observation = tools.observation_of_error(error)
-    state["done"] = state["done"] or state["steps"] >= self._limits.max_steps
-    return protocol.Step(observation=observation, done=state["done"])
-
   async def verify(self) -> float:
-    answer = self._running()["answer"]
+    answer = self.state["answer"]
     if answer is None:
       return 0.0
     if self._scorer is not None:
@@ -154,15 +139,17 @@ class SearchEnvironment:
     return float(is_right(answer, self.task))
 
   def snapshot(self) -> dict[str, Any]:
-    return {"task": self.task["id"], "state": dict(self._running())}
+    return {"task": self.task["id"], "state": dict(self.state)}
 
   async def restore(self, snapshot: Mapping[str, Any]) -> None:
-    if snapshot["task"] != self.task["id"]:
-      raise ValueError(f"{snapshot['task']=} is not {self.task['id']=}")
+    self.check_snapshot(snapshot)
     self._state = dict(snapshot["state"])
 
   async def close(self) -> None:
     """The source is shared, so there is nothing to give back."""
+
+  async def carry_out(self, call: protocol.ToolCall) -> str:
+    return await self._functions[call.name](**call.arguments)
 
   async def _search(self, query: str, page: int = 1) -> str:
     count = self._limits.hits
@@ -204,13 +191,8 @@ class SearchEnvironment:
       raise tools.ToolError(
         f"the answer has more than {MAX_ANSWER_CHARS} characters"
       )
-    self._running().update(done=True, answer=answer_text)
+    self.state.update(done=True, answer=answer_text)
     return "The answer is submitted."
-
-  def _running(self):
-    if self._state is None:
-      raise RuntimeError("no episode runs: call reset first")
-    return self._state
 
 
 def descriptions() -> list[dict[str, Any]]:
