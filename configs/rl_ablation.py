@@ -5,7 +5,7 @@ python -m experiments.rl_ablation --config=configs/rl_ablation.py \
   --config.tokenizer.path=SHOWN/seed_0/tokenizer.json --workdir=DIR --seeds=3
 
 The sampler's weights are rounded to 8 bits and it draws from a nucleus; it gets
-the policy every other rollout, and each rollout is four steps. Variants: full,
+the policy every fourth rollout, and each rollout is four steps. Variants: full,
 smoke.
 """
 
@@ -14,14 +14,21 @@ import dataclasses
 from configs import rl
 from dsv32_jax.rl import run_config
 from dsv32_jax.training import checkpoint
+from dsv32_jax.training import optimizer
+from dsv32_jax.training import schedule
 from experiments import common
 
 
 def full() -> run_config.RlConfig:
   config = rl.tiny(
-    rollouts=40,
-    weights_every=2,
-    evaluation=run_config.EvaluationConfig(every=40, problems=400),
+    rollouts=60,
+    prompts=32,
+    optimizer=optimizer.OptimizerConfig(
+      schedule=schedule.ScheduleConfig(peak=1e-3, warmup_steps=10),
+      weight_decay=0.0,
+    ),
+    weights_every=4,
+    evaluation=run_config.EvaluationConfig(every=60, problems=400),
     checkpoint=checkpoint.CheckpointConfig(every_steps=20, max_to_keep=1),
   )
   learner = config.learner
@@ -41,10 +48,10 @@ def full() -> run_config.RlConfig:
 def smoke() -> run_config.RlConfig:
   return dataclasses.replace(
     full(),
-    rollouts=2,
+    rollouts=4,
     prompts=2,
     group_size=4,
-    evaluation=run_config.EvaluationConfig(every=2, problems=4),
+    evaluation=run_config.EvaluationConfig(every=4, problems=4),
   )
 
 

@@ -27,27 +27,29 @@ common.define_seeds_flag()
 
 def draw(path, results) -> None:
   """Plots each part's curve of each seed over seconds of training."""
-  series = {}
+  series, kinds = {}, {}
   for seed, result in enumerate(results):
     offset = result["sft"][-1]["seconds"]
-    for part, begin in (
-      ("sft", 0.0),
-      ("grpo", offset),
-      ("further_sft", offset),
+    for part, kind, begin in (
+      ("sft", "fine-tuning until it is flat", 0.0),
+      ("grpo", "GRPO from its best", offset),
+      ("further_sft", "more fine-tuning from its best", offset),
     ):
-      points = result[part]
-      series[f"{part}, seed {seed}"] = (
+      points, name = result[part], f"{part}, seed {seed}"
+      kinds[name] = kind
+      series[name] = (
         [begin + point["seconds"] for point in points],
         [100 * point["pass_at_1"] for point in points],
       )
   plots.lines(
     path,
     series,
-    title="Held-out pass@1 of the same problems",
+    title=f"Held-out pass@1 of the same problems, {len(results)} seeds",
     x_label="wall time of training, seconds",
     y_label="pass@1, percent",
     markers=True,
     from_zero=True,
+    kinds=kinds,
   )
 
 

@@ -26,6 +26,7 @@ def lines(
   log_x: bool = False,
   markers: bool = False,
   from_zero: bool = False,
+  kinds: Mapping[str, str] | None = None,
 ) -> None:
   """Draws one line a series into a PNG file.
 
@@ -38,17 +39,24 @@ def lines(
     log_x: logarithmic x axis, base 2, ticks at the points.
     markers: draw the points too.
     from_zero: the y axis begins at 0.
+    kinds: what each series is one of; those of a kind have one color and one
+      entry in the legend. Default: each is of its own.
   """
   figure, axes = _axes(title, x_label, y_label)
-  for i, (name, (x, y)) in enumerate(series.items()):
+  kinds = kinds or {name: name for name in series}
+  order = list(dict.fromkeys(kinds.values()))
+  named = set()
+  for name, (x, y) in series.items():
+    kind = kinds[name]
     axes.plot(
       x,
       y,
-      label=name,
-      color=_color(name, i),
+      label=None if kind in named else kind,
+      color=_color(kind, order.index(kind)),
       marker="o" if markers else None,
       linewidth=1.6,
     )
+    named.add(kind)
   if log_x:
     ticks = sorted({value for x, _ in series.values() for value in x})
     axes.set_xscale("log", base=2)

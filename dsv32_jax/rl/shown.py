@@ -50,6 +50,7 @@ class ShownConfig:
     evaluate_every: fine-tuning steps between two evaluations.
     patience: evaluations in a row without a new best that end the fine-tuning.
     max_steps: of the fine-tuning at most.
+    further_evaluate_every: as evaluate_every, of the further fine-tuning.
   """
 
   rl: run_config.RlConfig
@@ -60,6 +61,7 @@ class ShownConfig:
   evaluate_every: int
   patience: int
   max_steps: int
+  further_evaluate_every: int
 
   def __post_init__(self):
     if self.rl.evaluation is None:
@@ -235,7 +237,7 @@ def fine_tune_on(config: ShownConfig, workdir: str, seconds: float):
   with FineTuning(config, workdir, init_from=start) as tuning:
     tuning.evaluate()
     while tuning.seconds < seconds:
-      tuning.train(config.evaluate_every, until_seconds=seconds)
+      tuning.train(config.further_evaluate_every, until_seconds=seconds)
       tuning.evaluate()
   return tuning.curve
 

@@ -1,14 +1,18 @@
 """The comparisons of RL: what they hold apart, what they vary."""
 
 import dataclasses
+import itertools
+import json
 
 import numpy as np
 import pytest
 
 from configs import rl_ablation
+from configs import rl_length
 from configs import rl_shown
 from dsv32_jax import config_files
 from dsv32_jax.rl import ablation
+from dsv32_jax.rl import length_study
 from dsv32_jax.rl import once
 from dsv32_jax.rl import run_config
 from dsv32_jax.rl import sampling
@@ -18,6 +22,7 @@ from tests.support import models
 
 SHOWN = config_files.build(shown.ShownConfig, rl_shown.get_config())
 ABLATION = config_files.build(run_config.RlConfig, rl_ablation.get_config())
+LENGTH = config_files.build(length_study.LengthConfig, rl_length.get_config())
 
 
 def contents(problems):
@@ -65,6 +70,29 @@ def test_an_arm_turns_off_what_it_says():
   assert [switches(arm) for arm in ablation.ARMS] == [
     tuple(row.tolist()) for row in want
   ]
+
+
+def test_the_length_penalty_alone_tells_its_arms_apart():
+  reward = LENGTH.rl.reward
+  free, penal = (length_study.ARMS[arm](reward) for arm in length_study.ARMS)
+  assert penal == reward and free.length is None
+  assert dataclasses.replace(free, length=reward.length) == reward
+  with pytest.raises(ValueError, match=r"rl\.reward\.length must be set"):
+    dataclasses.replace(LENGTH, rl=dataclasses.replace(LENGTH.rl, reward=free))
+
+
+def test_the_start_sees_long_and_short_thinking():
+  problems = shown.solved_problems(LENGTH.rl, 4)
+  rows = list(itertools.islice(length_study.solved_rows(LENGTH), 4))
+  for number, (problem, row) in enumerate(zip(problems, rows, strict=True)):
+    pieces = json.loads(row["pieces"])
+    learnt = [piece for piece in pieces if piece.get("learnt")]
+    thinking, end, answer, eos = learnt
+    steps = problem.reasoning.splitlines()
+    kept = steps[-1:] if number % 2 == 0 else steps
+    assert len(steps) == 4 and thinking["text"].splitlines() == kept
+    assert (end["special"], eos["special"]) == ("think_end", "eos")
+    assert problem.score(answer["text"]).value == 1
 
 
 def test_an_ablation_needs_something_to_stabilise():

@@ -1,0 +1,72 @@
+"""GRPO with and without a length penalty: sorting, step by step or at once.
+
+python -m experiments.rl_length --config=configs/rl_length.py --workdir=DIR \
+  --seeds=3
+
+Variants: full, smoke (a minute; shows that it runs and nothing else).
+"""
+
+import dataclasses
+
+from configs import rl
+from configs import rl_shown
+from dsv32_jax.rl import length_study
+from dsv32_jax.rl import run_config
+from dsv32_jax.training import checkpoint
+from dsv32_jax.training import optimizer
+from dsv32_jax.training import schedule
+from dsv32_jax.verifiers import length
+from dsv32_jax.verifiers import reward
+from dsv32_jax.verifiers.tasks import mixture
+from experiments import common
+
+
+def full() -> length_study.LengthConfig:
+  return length_study.LengthConfig(
+    rl=rl.rl_config(
+      rl.tiny_model(),
+      row_length=111,
+      max_tokens=72,
+      max_batch=16,
+      tasks=(mixture.TaskConfig(kind="sorting", size=4, largest=20),),
+      reward=reward.RewardConfig(
+        thinking=True,
+        # 31 tokens with one step in the thinking, 61 with four: 0.05 and 0.28.
+        length=length.LengthPenalty(free_tokens=24, max_tokens=64, weight=0.3),
+      ),
+      optimizer=optimizer.OptimizerConfig(
+        schedule=schedule.ScheduleConfig(peak=1e-3, warmup_steps=10),
+        weight_decay=0.0,
+      ),
+      rollouts=60,
+      prompts=16,
+      evaluation=run_config.EvaluationConfig(every=20, problems=400),
+      checkpoint=checkpoint.CheckpointConfig(every_steps=20, max_to_keep=1),
+    ),
+    sft_optimizer=rl_shown.full().sft_optimizer,
+    solved=500,
+    direct_every=2,
+    steps=600,
+    sequence_length=128,
+    batch_size=16,
+  )
+
+
+def smoke() -> length_study.LengthConfig:
+  config = full()
+  return dataclasses.replace(
+    config,
+    rl=dataclasses.replace(
+      config.rl,
+      rollouts=2,
+      prompts=2,
+      group_size=2,
+      evaluation=run_config.EvaluationConfig(every=2, problems=4),
+    ),
+    solved=20,
+    steps=4,
+  )
+
+
+def get_config(variant: str = "full"):
+  return common.config_variant({"full": full, "smoke": smoke}, variant)
