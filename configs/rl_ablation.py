@@ -22,7 +22,6 @@ from experiments import common
 def full() -> run_config.RlConfig:
   config = rl.tiny(
     rollouts=60,
-    prompts=32,
     optimizer=optimizer.OptimizerConfig(
       schedule=schedule.ScheduleConfig(peak=1e-3, warmup_steps=10),
       weight_decay=0.0,
