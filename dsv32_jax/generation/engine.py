@@ -1,18 +1,21 @@
 """Continuous batching: requests join and leave the running batch at any step.
 
-A step takes one chunk of the oldest prompt that is not yet in the cache, and
-one token of every sequence whose prompt is, or that one and its draft by the
-multi-token prediction module. Pages are taken as tokens come; when none is left
-the youngest sequence gives its pages back, waits, and is computed again later:
-what it has drawn stays drawn.
+A step takes a chunk of tokens of the prompts that are not yet in the cache, the
+oldest first, and one token of every sequence whose prompt is, or that one and
+its draft by the multi-token prediction module. Pages are taken as tokens come;
+when none is left the youngest sequence gives its pages back, waits, and is
+computed again later: what it has drawn stays drawn.
+
+A chunk has a fixed number of rows. Many short prompts take a row each, a long
+one takes them all, one behind the other.
 
 Work follows the pages in use: a step runs at the smallest compiled number of
 pages that its longest sequence needs, and `warm_up` compiles them all. A row's
 arithmetic depends neither on other rows nor on that number, so a request gives
 the same tokens and log-probabilities whoever shares the batch with it. Prefixes
-are shared by whole chunks, so that a prompt is cut the same way with sharing
-and without. (Computing again after a lack of pages may change last bits:
-prompts and answers then go through the same chunks.)
+are shared by whole rows, so that a prompt is cut the same way with sharing and
+without. (Computing again after a lack of pages may change last bits: prompts
+and answers then go through the same rows.)
 """
 
 from collections.abc import Callable, Sequence
@@ -20,16 +23,14 @@ import itertools
 
 import numpy as np
 
+from dsv32_jax.generation import batch as batch_lib
 from dsv32_jax.generation import pages as pages_lib
 from dsv32_jax.generation import programs
 from dsv32_jax.generation import requests as requests_lib
-from dsv32_jax.generation import sampler
 from dsv32_jax.generation import scheduler
 from dsv32_jax.generation import sequence
 
 EngineConfig = programs.EngineConfig
-
-# B sequences, T tokens, M pages of a sequence
 
 
 class Engine:
@@ -57,7 +58,7 @@ class Engine:
     self._scheduler = scheduler.Scheduler(
       pages_lib.Pages(self._programs.num_pages, config.page_size),
       max_batch=config.max_batch,
-      prefill_chunk=config.prefill_chunk,
+      row_tokens=config.row_tokens,
     )
     self._eos_id, self._detokenize = eos_id, detokenize
     self._seeds = np.random.default_rng(config.seed)
@@ -66,7 +67,6 @@ class Engine:
     self._cancelled: list[sequence.Sequence] = []
     self._counts = dict(
       prompt_tokens=0,
-      shared_tokens=0,
       drawn_tokens=0,
       drafted_tokens=0,
       accepted_tokens=0,
@@ -77,18 +77,8 @@ class Engine:
   def warm_up(self) -> None:
     """Compiles every program that requests can ask for."""
     for num_pages in self.config.compiled_page_counts:
-      for batch, length, is_chunk in (
-        (1, self.config.prefill_chunk, True),
-        (self.config.max_batch, self._decoded, False),
-      ):
-        self._call(
-          [None] * batch,
-          np.zeros((batch, length), np.int32),
-          np.full((batch, length), -1, np.int32),
-          np.zeros((batch,), np.int32),
-          num_pages=num_pages,
-          is_chunk=is_chunk,
-        )
+      for is_chunk in (True, False):
+        self._run(self._batch(is_chunk), is_chunk, [num_pages])
 
   def submit(self, request: requests_lib.Request) -> str:
     """Queues a request.
@@ -165,6 +155,7 @@ class Engine:
       running=len(plan.running()),
       waiting=len(plan.waiting),
       preemptions=plan.preemptions,
+      shared_tokens=plan.shared_tokens,
       **self._counts,
     )
 
@@ -226,94 +217,55 @@ class Engine:
     del self._live[one.request_id]
     self._scheduler.remove(one)
 
-  def _call(
-    self, sequences, tokens_BT, next_BT, count_B, *, is_chunk, num_pages=None
-  ):
-    """Runs a step; the n-th row is of the n-th sequence, None runs nothing.
+  def _batch(self, is_chunk: bool) -> batch_lib.Batch:
+    """Makes an empty one of one of the two shapes that are compiled."""
+    if is_chunk:
+      return batch_lib.Batch(self.config.rows, self.config.row_tokens)
+    return batch_lib.Batch(self.config.max_batch, self._decoded)
 
-    The longest sequence decides what `num_pages` is, where it is not given.
-    """
-    batch = len(sequences)
-    live = [one for one in sequences if one is not None]
-    if num_pages is None:
-      needed = max(len(one.pages) for one in live)
-      num_pages = min(
-        n for n in self.config.compiled_page_counts if n >= needed
-      )
-    table_BM = np.zeros((batch, num_pages), np.int32)
-    length_B = np.zeros((batch,), np.int32)
-    for row, one in enumerate(sequences):
-      if one is not None:
-        table_BM[row, : len(one.pages)] = one.pages
-        length_B[row] = one.held
-    rows = sampler.rows(
-      [one and one.request.sampling for one in sequences],
-      [one.seed if one else 0 for one in sequences],
-      [one.num_drawn if one else 0 for one in sequences],
-      self._vocab_size,
-    )
-    call = programs.Call(tokens_BT, next_BT, length_B, count_B, table_BM, rows)
+  def _run(self, batch, is_chunk, page_counts=None) -> programs.Result:
+    """Runs a step, with as few pages a sequence as the longest allows."""
+    if page_counts is None:
+      page_counts = self.config.compiled_page_counts
+    call = batch.call(page_counts, self._vocab_size)
     return self._programs(call, is_chunk=is_chunk)
 
   def _prefill(self) -> list[requests_lib.TokenEvent]:
-    ready = [
-      one for one in self._scheduler.running() if one.held < one.prefill_end
-    ]
-    if not ready:
+    parts = self._scheduler.parts(self.config.rows)
+    if not parts:
       return []
-    one, chunk = ready[0], self.config.prefill_chunk
-    if not one.pages:
-      self._counts["shared_tokens"] += self._scheduler.share(one)
-    start, end = one.held, min(one.held + chunk, one.prefill_end)
-    if not self._scheduler.ensure(one, end):
-      return []
-    count = end - start
-    tokens_BT = np.zeros((1, chunk), np.int32)
-    tokens_BT[0, :count] = one.tokens[start:end]
-    next_BT = np.full((1, chunk), -1, np.int32)
-    known = one.tokens[start + 1 : end + 1]
-    next_BT[0, : len(known)] = known
-    result = self._call(
-      [one], tokens_BT, next_BT, np.asarray([count], np.int32), is_chunk=True
-    )
-    self._counts["prompt_tokens"] += count
-    record = sequence.record_of(one, result, 0, slice(count))
-    one.add_record(start, record)
-    one.held = end
-    self._scheduler.remember(one, start, record)
-    if one.held < one.prefill_end or one.num_drawn:
-      return []
-    fetched = sequence.fetch(one, result, 0, 0, self._vocab_size)
-    self._take_draft(one, result, 0)
-    return [self._accept(one, *fetched)]
+    batch = self._batch(is_chunk=True)
+    for row, part in enumerate(parts):
+      batch.put_part(row, part)
+    result = self._run(batch, is_chunk=True)
+    events = []
+    for row, part in enumerate(parts):
+      one, count = part.one, part.end - part.start
+      self._counts["prompt_tokens"] += count
+      record = sequence.record_of(one, result, row, slice(count))
+      self._scheduler.settle(part, record)
+      if one.held == one.prefill_end and not one.num_drawn:
+        fetched = sequence.fetch(one, result, row, 0, self._vocab_size)
+        self._take_draft(one, result, row)
+        events.append(self._accept(one, *fetched))
+    return events
 
   def _decode(self) -> list[requests_lib.TokenEvent]:
     rows = self._scheduler.rows
     for one in self._scheduler.running():
       if one.is_ready and one in rows:
         self._scheduler.ensure(one, len(one.tokens) + one.may_draft)
-    sequences = [one if one and one.is_ready else None for one in rows]
-    if not any(sequences):
+    ready = [(row, one) for row, one in enumerate(rows) if one and one.is_ready]
+    if not ready:
       return []
-    shape = (len(sequences), self._decoded)
-    tokens_BT = np.zeros(shape, np.int32)
-    count_B = np.zeros(shape[:1], np.int32)
-    for row, one in enumerate(sequences):
-      if one:
-        run = [one.tokens[-1], one.draft] if one.may_draft else one.tokens[-1:]
-        tokens_BT[row, : len(run)], count_B[row] = run, len(run)
-    result = self._call(
-      sequences,
-      tokens_BT,
-      np.full(shape, -1, np.int32),
-      count_B,
-      is_chunk=False,
-    )
-    events = []
-    for row, one in enumerate(sequences):
-      if one:
-        events.extend(self._advance(one, result, row))
-    return events
+    batch = self._batch(is_chunk=False)
+    for row, one in ready:
+      drafted = [one.draft] if one.may_draft else []
+      batch.put(row, one, [one.tokens[-1], *drafted], one.held)
+    result = self._run(batch, is_chunk=False)
+    return [
+      event for row, one in ready for event in self._advance(one, result, row)
+    ]
 
   def _advance(self, one, result, row) -> list[requests_lib.TokenEvent]:
     """Takes the token drawn, and the one behind it if the draft was right.

@@ -8,6 +8,7 @@ nobody uses are given away last, the least recently used first.
 
 import collections
 from collections.abc import Sequence
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -26,13 +27,6 @@ class Record(NamedTuple):
   experts_LNA: np.ndarray | None = None
   selection_LNS: np.ndarray | None = None
 
-  def has(self, wanted: "Wanted") -> bool:
-    """Whether all that is wanted was kept."""
-    return not (
-      (wanted.routing and self.experts_LNA is None)
-      or (wanted.selection and self.selection_LNS is None)
-    )
-
 
 class Wanted(NamedTuple):
   """Which parts of a Record a request asks for."""
@@ -40,12 +34,25 @@ class Wanted(NamedTuple):
   routing: bool = False
   selection: bool = False
 
+  def has(self, other: "Wanted") -> bool:
+    """Whether all that the other asks for is in this."""
+    return self.routing >= other.routing and self.selection >= other.selection
 
-class _Known(NamedTuple):
-  """What is remembered of a page: its place in `_by_prefix`, and choices."""
+
+@dataclasses.dataclass(eq=False)
+class Known:
+  """What is remembered of a page.
+
+  Attributes:
+    prefix: the page's place in `_by_prefix`.
+    wanted: what the record has, once it is there.
+    record: what the model chose for the tokens; None until the step that fills
+      the page has run.
+  """
 
   prefix: tuple
-  record: Record
+  wanted: Wanted
+  record: Record | None = None
 
 
 class Pages:
@@ -60,7 +67,7 @@ class Pages:
     # A prefix is (page of what comes before it or -1, serial number of that
     # page's content, tokens); the serial number tells reuses of a page apart.
     self._by_prefix: dict[tuple, int] = {}
-    self._known: dict[int, _Known] = {}
+    self._known: dict[int, Known] = {}
     self._serial = [0] * num_pages
     self._unused: collections.OrderedDict[int, None] = collections.OrderedDict()
 
@@ -102,34 +109,38 @@ class Pages:
       else:
         self._free.append(page)
 
-  def remember(self, before: int, tokens: tuple, page: int, record: Record):
+  def remember(
+    self, before: int, tokens: tuple, page: int, wanted: Wanted
+  ) -> Known | None:
     """Notes that a page in use holds `tokens` behind those of `before`.
 
     Args:
       before: the page of the tokens before, -1 at the beginning.
       tokens: a page full.
-      page: holds them.
-      record: what the model chose for them.
+      page: holds them, or will when the next step has run.
+      wanted: what its record will have.
+
+    Returns:
+      Where the record is to be put; None where another page is remembered.
     """
     prefix = self._prefix(before, tokens)
     other = self._by_prefix.get(prefix)
     if other is not None:
-      # Computed twice at the same time: one copy is enough, and the one with
-      # a fuller record serves more.
-      if other == page or self._known[other].record.has(
-        Wanted(record.experts_LNA is not None, record.selection_LNS is not None)
-      ):
-        return
+      # Computed twice: one copy is enough, and the one with a fuller record
+      # serves more.
+      if other == page or self._known[other].wanted.has(wanted):
+        return None
       self._forget(other)
       if not self._users[other]:
         del self._unused[other]
         self._free.append(other)
     self._by_prefix[prefix] = page
-    self._known[page] = _Known(prefix, record)
+    self._known[page] = Known(prefix, wanted)
+    return self._known[page]
 
   def match(
     self, tokens: Sequence[int], limit: int, wanted: Wanted
-  ) -> tuple[list[int], list[Record]]:
+  ) -> tuple[list[int], list[Known]]:
     """Finds, and takes, the longest remembered prefix.
 
     Args:
@@ -138,22 +149,22 @@ class Pages:
       wanted: what the records must have.
 
     Returns:
-      Its pages and their records.
+      Its pages and what is known of them.
     """
-    found, records, before = [], [], -1
-    while len(found) < limit:
-      start = len(found) * self.page_size
+    pages, found, before = [], [], -1
+    while len(pages) < limit:
+      start = len(pages) * self.page_size
       content = tuple(tokens[start : start + self.page_size])
       page = self._by_prefix.get(self._prefix(before, content))
-      if page is None or not self._known[page].record.has(wanted):
+      if page is None or not self._known[page].wanted.has(wanted):
         break
-      found.append(page)
-      records.append(self._known[page].record)
+      pages.append(page)
+      found.append(self._known[page])
       before = page
-    for page in found:
+    for page in pages:
       self._unused.pop(page, None)
       self._users[page] += 1
-    return found, records
+    return pages, found
 
   def forget_all(self) -> None:
     """Forgets every prefix, as when the weights change."""

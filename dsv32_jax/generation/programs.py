@@ -1,7 +1,8 @@
 """The compiled side of the engine: weights, pages and one step of both.
 
 Two shapes of one program serve everything: a token of each of `max_batch`
-sequences, and `prefill_chunk` tokens of one; both for some numbers of pages.
+sequences, and a chunk of `prefill_chunk` tokens of prompts; both for some
+numbers of pages.
 Where the model's weights lie on a mesh, its devices share the work by the rules
 of sharding.py, and each holds its part of the pages.
 """
@@ -28,6 +29,9 @@ from dsv32_jax.model import transformer
 
 # Tokens below which a smaller page table would save little.
 LEAST_TOKENS = 1024
+# Rows of a chunk, where nothing else is asked for. Each reads the index keys of
+# its own sequence.
+DEFAULT_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,9 @@ class EngineConfig:
     page_size: tokens of a page of the cache.
     num_pages: pages of the cache; exactly one of this and the next is given.
     memory_budget_bytes: memory for the cache, on all devices together.
-    prefill_chunk: prompt tokens a step, a multiple of page_size.
+    prefill_chunk: prompt tokens a step.
+    prefill_rows: rows that they lie in, of one sequence each and of whole
+      pages; None: DEFAULT_ROWS, or the most below that leave whole pages.
     max_length: tokens of prompt and answer together at most.
     page_counts: numbers of pages of a sequence that steps are compiled for;
       the largest holds max_length tokens. Default: doubled from those of
@@ -56,6 +62,7 @@ class EngineConfig:
   num_pages: int | None = None
   memory_budget_bytes: int | None = None
   prefill_chunk: int = 256
+  prefill_rows: int | None = None
   max_length: int = 4096
   page_counts: tuple[int, ...] | None = None
   speculate: bool = False
@@ -69,6 +76,12 @@ class EngineConfig:
     if self.prefill_chunk % self.page_size:
       raise ValueError(
         f"prefill_chunk={self.prefill_chunk} must be a multiple of"
+        f" page_size={self.page_size}"
+      )
+    if self.rows < 1 or self.prefill_chunk % (self.rows * self.page_size):
+      raise ValueError(
+        f"prefill_rows={self.prefill_rows} must be positive and divide"
+        f" prefill_chunk={self.prefill_chunk} into whole pages of"
         f" page_size={self.page_size}"
       )
     if (self.num_pages is None) == (self.memory_budget_bytes is None):
@@ -90,6 +103,19 @@ class EngineConfig:
         f"page_counts={self.page_counts} must be positive and end with {most},"
         f" the pages of max_length={self.max_length} tokens"
       )
+
+  @property
+  def rows(self) -> int:
+    """Rows of a chunk: `prefill_rows` or their default."""
+    if self.prefill_rows is not None:
+      return self.prefill_rows
+    pages = self.prefill_chunk // self.page_size
+    return max(n for n in range(1, DEFAULT_ROWS + 1) if pages % n == 0)
+
+  @property
+  def row_tokens(self) -> int:
+    """Tokens of a row of a chunk."""
+    return self.prefill_chunk // self.rows
 
   @property
   def most_pages(self) -> int:
@@ -161,7 +187,7 @@ class Result(NamedTuple):
 
   Attributes:
     drawn: with an axis of Y draws behind the one of sequences: of a chunk the
-      token behind its last real one, else one behind each token.
+      token behind a row's last real one, else one behind each token.
     draft_B: int32 guess at the token behind the last one drawn, or None.
     experts_LBTA: routing of each token, or None.
     selection_LBTS: keys that each token attended to.
@@ -256,7 +282,7 @@ class Programs:
     self._pages = jax.tree.map(fresh, self._pages)
 
   def __call__(self, call: Call, *, is_chunk: bool) -> Result:
-    """Runs a step; `is_chunk` of one chunk of a prompt."""
+    """Runs a step; `is_chunk` of a chunk of prompts."""
     with contextlib.ExitStack() as stack:
       if self._mesh is not None:
         stack.enter_context(jax.set_mesh(self._mesh))

@@ -1,7 +1,29 @@
 """Which sequences run, in which row of the batch, and on which pages."""
 
+from typing import NamedTuple
+
 from dsv32_jax.generation import pages as pages_lib
 from dsv32_jax.generation import sequence
+
+
+class Part(NamedTuple):
+  """Tokens of a prompt that a row of a step runs.
+
+  Attributes:
+    one: whose.
+    start: the first of them, a multiple of a row's tokens.
+    end: the one behind the last.
+    shared: what is known of the pages before `start`, on the first part of a
+      sequence that took them over.
+    filled: what is to be known of the pages that the row fills, by the number
+      of a page's first token.
+  """
+
+  one: sequence.Sequence
+  start: int
+  end: int
+  shared: list[pages_lib.Known]
+  filled: dict[int, pages_lib.Known]
 
 
 class Scheduler:
@@ -12,16 +34,17 @@ class Scheduler:
     rows: the sequence of each row of the batch, or None.
     waiting: sequences without a row, oldest first.
     preemptions: how often a sequence had to give its pages back.
+    shared_tokens: tokens of prompts that were taken over, not computed.
   """
 
   def __init__(
-    self, pages: pages_lib.Pages, *, max_batch: int, prefill_chunk: int
+    self, pages: pages_lib.Pages, *, max_batch: int, row_tokens: int
   ):
     self.pages = pages
     self.rows: list[sequence.Sequence | None] = [None] * max_batch
     self.waiting: list[sequence.Sequence] = []
-    self.preemptions = 0
-    self._pages_a_chunk = prefill_chunk // pages.page_size
+    self.preemptions = self.shared_tokens = 0
+    self._row_tokens = row_tokens
 
   def running(self) -> list[sequence.Sequence]:
     """Oldest first."""
@@ -71,42 +94,71 @@ class Scheduler:
         return False
     return True
 
-  def share(self, one: sequence.Sequence) -> int:
-    """Takes over whole chunks that an earlier prompt left, but for the last.
+  def parts(self, most: int) -> list[Part]:
+    """Chooses what the rows of a step run, the oldest prompts first.
 
-    Returns:
-      How many tokens they hold.
-    """
-    size, per_chunk = self.pages.page_size, self._pages_a_chunk
-    usable = min(one.prompt_length, one.prefill_end - 1)
-    found, records = self.pages.match(
-      one.tokens, usable // (per_chunk * size) * per_chunk, one.wanted
-    )
-    whole = len(found) // per_chunk * per_chunk
-    self.pages.give_back(found[whole:])
-    one.pages, one.held = found[:whole], whole * size
-    for place, record in enumerate(records[:whole]):
-      one.add_record(place * size, record)
-    return one.held
-
-  def remember(
-    self, one: sequence.Sequence, start: int, record: pages_lib.Record
-  ) -> None:
-    """Lets later prompts share the pages that tokens from `start` on filled.
+    A layer writes what all rows add to the cache before any of them reads it:
+    a row may follow another of the same prompt, and share pages that another
+    row fills in the same step.
 
     Args:
-      one: whose pages hold them, up to `one.held`.
-      start: a multiple of the page size.
-      record: what the model chose for the tokens.
+      most: rows.
     """
-    size = self.pages.page_size
-    first, last = start // size, min(one.held, one.prompt_length) // size
-    for place in range(first, last):
+    parts: list[Part] = []
+    for one in self.running():
+      room = (most - len(parts)) * self._row_tokens
+      # A younger sequence may have lost its row to an older one.
+      if not room or one not in self.rows or one.held >= one.prefill_end:
+        continue
+      shared = [] if one.pages else self._share(one)
+      begin, end = one.held, min(one.held + room, one.prefill_end)
+      if not self.ensure(one, end):
+        continue
+      self.shared_tokens += len(shared) * self.pages.page_size
+      for start in range(begin, end, self._row_tokens):
+        stop = min(start + self._row_tokens, end)
+        filled = self._remember(one, start, stop)
+        parts.append(Part(one, start, stop, shared, filled))
+        shared = []
+    return parts
+
+  def _share(self, one: sequence.Sequence) -> list[pages_lib.Known]:
+    """Takes over whole rows that an earlier prompt left, but for the last."""
+    size, per_row = self.pages.page_size, self._row_tokens
+    usable = min(one.prompt_length, one.prefill_end - 1)
+    pages, found = self.pages.match(
+      one.tokens, usable // per_row * per_row // size, one.wanted
+    )
+    whole = len(pages) * size // per_row * per_row // size
+    self.pages.give_back(pages[whole:])
+    one.pages, one.held = pages[:whole], whole * size
+    return found[:whole]
+
+  def _remember(self, one, start: int, end: int) -> dict[int, pages_lib.Known]:
+    """Lets later prompts share the pages that these tokens will fill."""
+    size, filled = self.pages.page_size, {}
+    last = min(end, one.prompt_length) // size
+    for place in range(start // size, last):
       begin = place * size
-      part = slice(begin - start, begin - start + size)
-      self.pages.remember(
+      known = self.pages.remember(
         one.pages[place - 1] if place else -1,
         tuple(one.tokens[begin : begin + size]),
         one.pages[place],
-        sequence.cut(record, part),
+        one.wanted,
       )
+      if known is not None:
+        filled[begin] = known
+    return filled
+
+  def settle(self, part: Part, record: pages_lib.Record) -> None:
+    """Notes that a part was run, and what the model chose for its tokens."""
+    one, size = part.one, self.pages.page_size
+    for place, known in enumerate(part.shared):
+      # The rows that fill a page come before those that share it.
+      assert known.record is not None
+      one.add_record(place * size, known.record)
+    one.add_record(part.start, record)
+    for begin, known in part.filled.items():
+      offset = begin - part.start
+      known.record = sequence.cut(record, slice(offset, offset + size))
+    one.held = part.end

@@ -67,7 +67,12 @@ class Sequence:
     )
 
   def add_record(self, start: int, record: pages_lib.Record):
-    """Keeps what is new of the record of tokens from `start` on."""
+    """Keeps what is new and wanted of the record of tokens from `start` on."""
+    # A shared page may have been recorded for a request that wanted more.
+    record = pages_lib.Record(
+      record.experts_LNA if self.wanted.routing else None,
+      record.selection_LNS if self.wanted.selection else None,
+    )
     parts = [part for part in record if part is not None]
     if not parts:
       return

@@ -168,9 +168,9 @@ def test_a_group_shares_its_prompt(model, engine):
   before = engine.stats()
   group = engine.generate(asked)
   after = engine.stats()
-  # Two chunks of 8 are shared by three; the last 5 tokens each runs itself.
-  assert after["shared_tokens"] - before["shared_tokens"] == 3 * 16
-  assert after["prompt_tokens"] - before["prompt_tokens"] == 21 + 3 * 5
+  # Five rows of 4 are shared by three; the last token each runs itself.
+  assert after["shared_tokens"] - before["shared_tokens"] == 3 * 20
+  assert after["prompt_tokens"] - before["prompt_tokens"] == 21 + 3
   for first, other in zip(apart, group):
     same(first, other)
   assert len({one.token_ids for one in group}) > 1
@@ -306,6 +306,8 @@ def test_ids_of_requests(engine):
   [
     (dict(max_batch=0), "max_batch=0"),
     (dict(prefill_chunk=6), "multiple of"),
+    (dict(prefill_rows=0), "prefill_rows=0"),
+    (dict(prefill_rows=3), "prefill_rows=3"),
     (dict(memory_budget_bytes=9), "exactly one"),
     (dict(index_key_format="int4"), "index_key_format='int4'"),
     (dict(num_pages=None, memory_budget_bytes=9), "no page"),

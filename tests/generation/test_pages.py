@@ -6,15 +6,14 @@ import pytest
 from dsv32_jax.generation import pages as pages_lib
 
 NOTHING = pages_lib.Wanted()
-EMPTY = pages_lib.Record()
 
 
-def remember(pages, tokens, held, record=EMPTY):
+def remember(pages, tokens, held, wanted=NOTHING):
   size = pages.page_size
   for place, page in enumerate(held):
     before = held[place - 1] if place else -1
     content = tuple(tokens[place * size : (place + 1) * size])
-    pages.remember(before, content, page, record)
+    pages.remember(before, content, page, wanted)
 
 
 def test_no_page_has_two_owners():
@@ -81,7 +80,7 @@ def test_the_same_tokens_behind_a_reused_page_are_not_found():
   pages.give_back([first])
   (again,) = pages.take(1)
   assert again == first
-  pages.remember(-1, (3,), again, EMPTY)
+  pages.remember(-1, (3,), again, NOTHING)
   assert pages.match([3, 2], 2, NOTHING)[0] == [first]
 
 
@@ -92,12 +91,11 @@ def test_records_must_have_what_is_wanted():
   remember(pages, [1], [bare])
   assert pages.match([1], 1, wanted)[0] == []
   (full,) = pages.take(1)
-  record = pages_lib.Record(experts_LNA=np.zeros((1, 1, 2), np.uint8))
-  remember(pages, [1], [full], record)
-  found, records = pages.match([1], 1, wanted)
-  assert found == [full] and records[0] is record
+  known = pages.remember(-1, (1,), full, wanted)
+  found, (same,) = pages.match([1], 1, wanted)
+  assert found == [full] and same is known and known.record is None
   # The fuller one is kept.
-  remember(pages, [1], [bare])
+  assert pages.remember(-1, (1,), bare, NOTHING) is None
   assert pages.match([1], 1, NOTHING)[0] == [full]
 
 
