@@ -11,9 +11,14 @@ Code tasks out of the history of this repository, or another's: :code
 
 Questions that only code answers: :interpreter (the paper's 5,908), a few:
 :interpreter_small
+
+Written by a model behind an OpenAI-compatible server, such as
+experiments.serve, and not by procedure: :authored (databases with tools and
+tasks), with --config.base_url=http://HOST:PORT/v1 --config.model=NAME
 """
 
 from dsv32_jax.agents.synthesis.code import pipeline as code
+from dsv32_jax.agents.synthesis.general import authored
 from dsv32_jax.agents.synthesis.general import pipeline
 from dsv32_jax.agents.synthesis.interpreter import pipeline as interpreter
 from dsv32_jax.agents.synthesis.search import pipeline as search
@@ -28,6 +33,7 @@ def get_config(variant: str = "paper"):
     ),
   }
   variants |= {
+    "authored": authored.GeneralAuthoringConfig,
     "code": lambda: code.CodeSynthesisConfig(
       environment={"JAX_PLATFORMS": "cpu"}
     ),
@@ -43,7 +49,7 @@ def get_config(variant: str = "paper"):
     ),
   }
   # The family of a variant is in its name, where it is not "general".
-  families = ("code", "interpreter", "search")
+  families = ("authored", "code", "interpreter", "search")
   config = common.config_variant(variants, variant)
   family = variant.removesuffix("_small")
   config.family = family if family in families else "general"

@@ -7,7 +7,8 @@ tasks and trajectories as .jsonl and .parquet (docs/agent_data.md has the
 columns), rejections.jsonl and report.json; of general tasks, databases behind
 tools, also environments.jsonl and solution_lengths.png; of search tasks
 (:search) the corpus and all candidates; of code tasks (:code)
-and questions that only code answers (:interpreter) all candidates.
+and questions that only code answers (:interpreter) all candidates. Variants
+with "authored" have a model write what else is drawn by procedure.
 """
 
 import json
@@ -17,7 +18,6 @@ from absl import flags
 import tqdm
 
 from dsv32_jax import config_files
-from dsv32_jax.agents import endpoint
 from dsv32_jax.agents.synthesis.code import filters as code_filters
 from dsv32_jax.agents.synthesis.code import pipeline as code_pipeline
 from dsv32_jax.agents.synthesis.general import campaign
@@ -31,6 +31,7 @@ from dsv32_jax.agents.synthesis.search import campaign as search_campaign
 from dsv32_jax.agents.synthesis.search import export as search_export
 from dsv32_jax.agents.synthesis.search import pipeline as search_pipeline
 from experiments import common
+from experiments import synthesize_authored
 
 common.define_common_flags()
 
@@ -45,7 +46,7 @@ def main(argv):
   config_type, synthesize = FAMILIES[family]
   config = config_files.build(config_type, settings)
   workdir = common.require_workdir()
-  found, line = synthesize(config, workdir)
+  found, line = synthesize(config, workdir, _bar)
   # Imported where the workers, which import this module too, do not come.
   from dsv32_jax.training import metrics
 
@@ -60,10 +61,10 @@ def main(argv):
   print(path)
 
 
-def _general(config, workdir):
+def _general(config, workdir, bar):
   """Makes databases with their tasks; returns numbers and a line of them."""
 
-  campaign.run(config, workdir, _bar("environment"))
+  campaign.run(config, workdir, bar("environment"))
   export.export(workdir, config.num_trajectories)
   found = report.report(workdir, config.baseline_attempts)
   report.histogram(workdir, workdir / "solution_lengths.png")
@@ -73,10 +74,10 @@ def _general(config, workdir):
   )
 
 
-def _search(config, workdir):
+def _search(config, workdir, bar):
   """Makes questions over Python's documentation, and helpful prompts."""
-  search_campaign.run(config, workdir, _bar("task"))
-  search_campaign.run_helpful(config, workdir, _bar("prompt"))
+  search_campaign.run(config, workdir, bar("task"))
+  search_campaign.run_helpful(config, workdir, bar("prompt"))
   search_export.export(workdir)
   found = search_export.report(workdir)
   return found, (
@@ -85,22 +86,35 @@ def _search(config, workdir):
   )
 
 
-def _interpreter(config, workdir):
+def _interpreter(config, workdir, bar):
   """Makes questions that only code answers."""
-  interpreter_pipeline.run(config, workdir, _bar("task"))
+  interpreter_pipeline.run(config, workdir, bar("task"))
   interpreter_pipeline.export(workdir, config.num_trajectories)
   found = interpreter_pipeline.report(workdir)
   return found, f"{found['tasks']} tasks of {found['candidates']} candidates"
 
 
-def _bar(unit):
-  """Returns a progress bar over indices of which some may be done."""
+def _code(config, workdir, bar):
+  """Makes tasks of a repository's history, or of a file of instances."""
+  judge = None
+  if config.judge_url:
+    judge = code_filters.judged_by(
+      lambda: synthesize_authored.policy(config.judge_url, config.judge_model)
+    )
+  code_pipeline.run(config, workdir, bar("candidate"), judge)
+  code_pipeline.export(workdir)
+  found = code_pipeline.report(workdir)
+  return found, f"{found['tasks']} tasks of {found['candidates']} candidates"
 
-  def progress(indices):
+
+def _bar(unit):
+  """Returns a progress bar over a list, or indices of which some are done."""
+
+  def progress(items):
     return tqdm.tqdm(
-      indices,
-      initial=indices.start,
-      total=indices.stop,
+      items,
+      initial=getattr(items, "start", 0),
+      total=getattr(items, "stop", len(items)),
       unit=unit,
       disable=not sys.stderr.isatty(),
     )
@@ -108,30 +122,9 @@ def _bar(unit):
   return progress
 
 
-def _code(config, workdir):
-  """Makes tasks of a repository's history, or of a file of instances."""
-
-  def progress(items):
-    return tqdm.tqdm(items, unit="candidate", disable=not sys.stderr.isatty())
-
-  judge = None
-  if config.judge_url:
-    # Of the agents' extra, and needed for this alone.
-    import openai
-
-    judge = code_filters.judged_by(
-      lambda: endpoint.EndpointPolicy(
-        openai.AsyncOpenAI(base_url=config.judge_url), config.judge_model
-      )
-    )
-  code_pipeline.run(config, workdir, progress, judge)
-  code_pipeline.export(workdir)
-  found = code_pipeline.report(workdir)
-  return found, f"{found['tasks']} tasks of {found['candidates']} candidates"
-
-
 # By config.family: the type of the config, and what makes the tasks.
 FAMILIES = {
+  **synthesize_authored.FAMILIES,
   "code": (code_pipeline.CodeSynthesisConfig, _code),
   "general": (pipeline.SynthesisConfig, _general),
   "interpreter": (

@@ -15,7 +15,7 @@ import jsonschema
 
 from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import protocol
-from dsv32_jax.agents.synthesis.general import database
+from dsv32_jax.agents.environments import read_only
 from dsv32_jax.agents.synthesis.general import programs
 from dsv32_jax.agents.synthesis.general import tool_specs
 
@@ -47,7 +47,7 @@ class GeneralEnvironment:
       raise ValueError(f"{max_steps=} must be at least 1")
     self.task = task
     self._max_steps = max_steps
-    self.connection = database.connect(record["rows"])
+    self.connection = read_only.connect(record["rows"])
     self.tools = Tools(
       [tool_specs.ToolSpec.load(spec) for spec in record["tools"]],
       self.connection,

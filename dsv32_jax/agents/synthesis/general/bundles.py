@@ -10,8 +10,8 @@ import dataclasses
 import random
 from typing import Any
 
+from dsv32_jax.agents.environments import read_only
 from dsv32_jax.agents.synthesis.general import conditions as conditions_lib
-from dsv32_jax.agents.synthesis.general import database
 from dsv32_jax.agents.synthesis.general import queries
 from dsv32_jax.agents.synthesis.general import schema
 from dsv32_jax.agents.synthesis.general import tasks
@@ -22,7 +22,7 @@ _TRIES = 60
 _SAMPLES = 400
 # Share of the random choices that may keep the budget.
 _FEASIBLE = 0.02
-quote = database.quote
+quote = read_only.quote
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

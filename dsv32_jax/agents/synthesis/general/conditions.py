@@ -8,10 +8,11 @@ import dataclasses
 import random
 from typing import Any
 
+from dsv32_jax.agents.environments import read_only
 from dsv32_jax.agents.synthesis.general import database
 from dsv32_jax.agents.synthesis.general import schema
 
-quote = database.quote
+quote = read_only.quote
 
 WORDINGS = {
   "ge": ("{label} at least {value}", "{label} not below {value}"),

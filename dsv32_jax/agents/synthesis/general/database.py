@@ -1,12 +1,10 @@
-"""Rows of a domain, drawn from a seed, and the SQLite database they fill."""
+"""Rows of a domain, drawn from a seed."""
 
-from collections.abc import Mapping
 import datetime
 import hashlib
 import itertools
 import json
 import random
-import sqlite3
 from typing import Any
 
 from dsv32_jax.agents.synthesis.general import schema
@@ -91,38 +89,6 @@ def fingerprint(rows: Rows) -> str:
   """Returns a digest that equal data share."""
   text = json.dumps(rows, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def connect(rows: Mapping[str, list[dict[str, Any]]]) -> sqlite3.Connection:
-  """Makes an in-memory database, which nothing can write to from then on."""
-  connection = sqlite3.connect(
-    ":memory:", check_same_thread=False, isolation_level=None
-  )
-  connection.execute("BEGIN")
-  for table, records in rows.items():
-    columns = list(records[0])
-    declared = ", ".join(
-      f"{quote(c)} {_TYPES[type(records[0][c])]} NOT NULL" for c in columns
-    )
-    key = f", PRIMARY KEY ({quote('name')})" if "name" in columns else ""
-    connection.execute(f"CREATE TABLE {quote(table)} ({declared}{key})")
-    marks = ", ".join("?" * len(columns))
-    connection.executemany(
-      f"INSERT INTO {quote(table)} VALUES ({marks})",
-      [tuple(record.values()) for record in records],
-    )
-  connection.execute("COMMIT")
-  connection.execute("PRAGMA query_only = ON")
-  return connection
-
-
-def quote(name: str) -> str:
-  """Quotes an identifier for SQL."""
-  doubled = name.replace('"', '""')
-  return f'"{doubled}"'
-
-
-_TYPES = {int: "INTEGER", float: "REAL", str: "TEXT"}
 
 
 def _draw_row(domain, table, parent, taken, rng):

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from dsv32_jax.agents.environments import general
+from dsv32_jax.agents.environments import read_only
 from dsv32_jax.agents.synthesis.general import conditions
 from dsv32_jax.agents.synthesis.general import database
 from dsv32_jax.agents.synthesis.general import domains
@@ -140,7 +141,7 @@ def _try_environment(config, index, rng, policy, known, reject, timings):
   world = propose.World(
     data=conditions.Data(variant, rows),
     toolset=toolset_lib.draw(variant, rng),
-    connection=database.connect(rows),
+    connection=read_only.connect(rows),
   )
   timings.synthesis += time.perf_counter() - begun
   kinds = rng.sample(propose.KINDS, len(propose.KINDS))

@@ -91,25 +91,34 @@ def _first(tool):
 
 def _arguments(tool, seen, rng):
   return {
-    name: _random_value(schema, seen, rng)
+    name: random_value(schema, seen, rng)
     for name, schema in tool.parameters["properties"].items()
   }
 
 
-def _random_value(schema, seen, rng):
-  """Returns a value of a schema, of what was seen where it fits."""
+def random_value(schema, seen, rng):
+  """Draws a value of a plain schema, of what was seen where that fits.
+
+  Args:
+    schema: JSON schema of type, properties, items and enum.
+    seen: values to draw from.
+    rng: source of choices.
+  """
   if "enum" in schema:
     return rng.choice(schema["enum"])
+  if schema["type"] == "boolean":
+    return rng.random() < 0.5
   if schema["type"] == "object":
     return {
-      name: _random_value(inner, seen, rng)
-      for name, inner in schema["properties"].items()
+      name: random_value(inner, seen, rng)
+      for name, inner in schema.get("properties", {}).items()
     }
   if schema["type"] == "array":
     number = rng.randint(1, 3)
-    return [_random_value(schema["items"], seen, rng) for _ in range(number)]
-  if schema["type"] == "integer":
-    numbers = [v for v in seen if isinstance(v, int)]
+    return [random_value(schema["items"], seen, rng) for _ in range(number)]
+  if schema["type"] in ("integer", "number"):
+    kinds = int if schema["type"] == "integer" else (int, float)
+    numbers = [v for v in seen if isinstance(v, kinds)]
     return rng.choice(numbers) if numbers else rng.randint(1, 20)
   texts = [value for value in seen if isinstance(value, str)]
   return rng.choice(texts) if texts else "unknown"
@@ -118,7 +127,7 @@ def _random_value(schema, seen, rng):
 def _submit(start, call, seen, rng):
   text = start.observation
   schema = json.loads(text[text.index("schema: ") + len("schema: ") :])
-  answer = _random_value(schema, seen, rng)
+  answer = random_value(schema, seen, rng)
   call("submit_result", {"answer_text": json.dumps(answer)})
 
 

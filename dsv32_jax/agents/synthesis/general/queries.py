@@ -9,8 +9,8 @@ import dataclasses
 import random
 from typing import Any
 
+from dsv32_jax.agents.environments import read_only
 from dsv32_jax.agents.synthesis.general import conditions as conditions_lib
-from dsv32_jax.agents.synthesis.general import database
 from dsv32_jax.agents.synthesis.general import schema
 from dsv32_jax.agents.synthesis.general import tasks
 from dsv32_jax.agents.synthesis.general import toolset as toolset_lib
@@ -21,7 +21,7 @@ KINDS = ("find", "extreme", "total", "ranking")
 _MATCHES = {"find": (1, 1), "extreme": (3, 9), "total": (3, 9)}
 _RANKED = (3, 6)
 _TRIES = 60
-quote = database.quote
+quote = read_only.quote
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ import sqlite3
 from typing import Any
 
 from dsv32_jax.agents import tools
-from dsv32_jax.agents.synthesis.general import database
+from dsv32_jax.agents.environments import read_only
 from dsv32_jax.agents.synthesis.general import schema
 
 PAGE_SIZE = 5
-quote = database.quote
+quote = read_only.quote
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
