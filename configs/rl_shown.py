@@ -18,12 +18,12 @@ from experiments import common
 
 def full() -> shown.ShownConfig:
   config = rl.tiny(
-    rollouts=200,
+    rollouts=120,
     prompts=32,
     optimizer=optimizer.OptimizerConfig(
       # Two steps a rollout: the last are the smallest.
       schedule=schedule.ScheduleConfig(
-        peak=1e-3, warmup_steps=10, decay_steps=390, final=1e-4
+        peak=1e-3, warmup_steps=10, decay_steps=230, final=1e-4
       ),
       weight_decay=0.0,
     ),

@@ -5,8 +5,8 @@ python -m experiments.rl_ablation --config=configs/rl_ablation.py \
   --config.tokenizer.path=SHOWN/seed_0/tokenizer.json --workdir=DIR --seeds=3
 
 SHOWN is a folder of experiments.rl_shown. Writes DIR/report.json and a plot of
-each of solved answers, KL, entropy and ratio. Called again, it goes on where it
-stood.
+each of solved answers, KL, entropy, ratios, dropped sequences and gradients.
+Called again, it goes on where it stood.
 """
 
 import collections
@@ -43,6 +43,7 @@ def draw(workdir, results) -> None:
       title=f"GRPO's stabilisers: {name}",
       x_label="rollouts",
       y_label=unit,
+      log_y=name in ablation.LEAPING,
     )
 
 

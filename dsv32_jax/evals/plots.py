@@ -24,6 +24,7 @@ def lines(
   x_label: str,
   y_label: str,
   log_x: bool = False,
+  log_y: bool = False,
   markers: bool = False,
   from_zero: bool = False,
   kinds: Mapping[str, str] | None = None,
@@ -37,6 +38,7 @@ def lines(
     x_label: with its unit.
     y_label: with its unit.
     log_x: logarithmic x axis, base 2, ticks at the points.
+    log_y: logarithmic y axis, base 10.
     markers: draw the points too.
     from_zero: the y axis begins at 0.
     kinds: what each series is one of; those of a kind have one color and one
@@ -62,6 +64,8 @@ def lines(
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
+  if log_y:
+    axes.set_yscale("log")
   if from_zero:
     axes.set_ylim(bottom=0)
   axes.legend()

@@ -54,13 +54,18 @@ ARMS = {
   "no sampling mask": _no_sampling_mask,
   "all off": _all_off,
 }
-# Columns that are plotted, and their units.
+# Columns that are plotted, and their units; those that leap are plotted on a
+# logarithmic axis.
 CURVES = {
   "outcome": "share of answers solved",
   "kl": "KL estimate, nats a token",
   "entropy": "entropy, nats a token",
   "ratio_deviation": "mean squared deviation of the ratio from 1",
+  "clipped": "share of tokens whose clipped ratio counts",
+  "dropped_sequences": "share of sequences whose surrogate is dropped",
+  "gradient_norm": "norm of the gradient before it is clipped",
 }
+LEAPING = ("kl", "ratio_deviation", "gradient_norm")
 
 
 def check(config: run_config.RlConfig) -> None:
