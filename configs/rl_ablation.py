@@ -21,13 +21,13 @@ from experiments import common
 
 def full() -> run_config.RlConfig:
   config = rl.tiny(
-    rollouts=60,
+    rollouts=40,
     optimizer=optimizer.OptimizerConfig(
       schedule=schedule.ScheduleConfig(peak=1e-3, warmup_steps=10),
       weight_decay=0.0,
     ),
     weights_every=4,
-    evaluation=run_config.EvaluationConfig(every=60, problems=400),
+    evaluation=run_config.EvaluationConfig(every=40, problems=400),
     checkpoint=checkpoint.CheckpointConfig(every_steps=20, max_to_keep=1),
   )
   learner = config.learner

@@ -43,7 +43,8 @@ class ShownConfig:
 
   Attributes:
     rl: the GRPO run; its tasks, model and evaluation are the fine-tuning's too.
-    sft_optimizer: of the fine-tuning, and of its continuation.
+    sft_optimizer: of the fine-tuning.
+    further_optimizer: of its continuation.
     solved: problems of each task whose solutions the fine-tuning sees.
     sequence_length: tokens a row, several solved problems in each.
     batch_size: rows a step.
@@ -55,6 +56,7 @@ class ShownConfig:
 
   rl: run_config.RlConfig
   sft_optimizer: optimizer_lib.OptimizerConfig
+  further_optimizer: optimizer_lib.OptimizerConfig
   solved: int
   sequence_length: int
   batch_size: int
@@ -234,6 +236,7 @@ def fine_tune_on(config: ShownConfig, workdir: str, seconds: float):
     The curve, whose first point is the start.
   """
   start = start_folder(workdir)
+  config = dataclasses.replace(config, sft_optimizer=config.further_optimizer)
   with FineTuning(config, workdir, init_from=start) as tuning:
     tuning.evaluate()
     while tuning.seconds < seconds:
