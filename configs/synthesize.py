@@ -14,13 +14,15 @@ Questions that only code answers: :interpreter (the paper's 5,908), a few:
 
 Written by a model behind an OpenAI-compatible server, such as
 experiments.serve, and not by procedure: :authored (databases with tools and
-tasks), with --config.base_url=http://HOST:PORT/v1 --config.model=NAME
+tasks) and :search_authored (questions; helpful prompts scored by the model),
+with --config.base_url=http://HOST:PORT/v1 --config.model=NAME
 """
 
 from dsv32_jax.agents.synthesis.code import pipeline as code
 from dsv32_jax.agents.synthesis.general import authored
 from dsv32_jax.agents.synthesis.general import pipeline
 from dsv32_jax.agents.synthesis.interpreter import pipeline as interpreter
+from dsv32_jax.agents.synthesis.search import authored as search_authored
 from dsv32_jax.agents.synthesis.search import pipeline as search
 from experiments import common
 
@@ -42,6 +44,7 @@ def get_config(variant: str = "paper"):
       num_tasks=32, num_trajectories=4
     ),
     "search": search.SearchSynthesisConfig,
+    "search_authored": search_authored.SearchAuthoringConfig,
     "search_small": lambda: search.SearchSynthesisConfig(
       num_tasks=12,
       num_helpful=40,
@@ -49,7 +52,7 @@ def get_config(variant: str = "paper"):
     ),
   }
   # The family of a variant is in its name, where it is not "general".
-  families = ("authored", "code", "interpreter", "search")
+  families = ("authored", "code", "interpreter", "search", "search_authored")
   config = common.config_variant(variants, variant)
   family = variant.removesuffix("_small")
   config.family = family if family in families else "general"

@@ -1,10 +1,18 @@
 """The families of experiments.synthesize that a model writes."""
 
+import asyncio
+import functools
+
 from dsv32_jax.agents import endpoint
 from dsv32_jax.agents import policy as policies
 from dsv32_jax.agents import sandbox
 from dsv32_jax.agents.repository import workspace as workspaces
 from dsv32_jax.agents.synthesis.general import authored as general
+from dsv32_jax.agents.synthesis.search import answering
+from dsv32_jax.agents.synthesis.search import authored as search
+from dsv32_jax.agents.synthesis.search import campaign
+from dsv32_jax.agents.synthesis.search import export as search_export
+from dsv32_jax.verifiers import rubric
 
 
 def policy(base_url: str, model: str) -> policies.Policy:
@@ -37,7 +45,48 @@ def _general(config, workdir, bar):
   )
 
 
+def _search(config, workdir, bar):
+  """Has questions written, answered and verified; then helpful prompts."""
+  make = lambda: policy(config.base_url, config.model)
+  make()  # Says at once what is missing.
+  search.run(
+    config, workdir, lambda: search.team_of_one(make(), config), bar("task")
+  )
+  one = make()
+  campaign.run_helpful(
+    config,
+    workdir,
+    bar("prompt"),
+    plain=answering.policy_without_tools(one),
+    searching=answering.policy_answerer(one, limits=config.limits()),
+    scorer=functools.partial(_rubric_score, make),
+  )
+  search_export.export(workdir)
+  found = search_export.report(workdir)
+  return found, (
+    f"{found['tasks']} tasks of {found['candidates']} candidates,"
+    f" {found['helpful_kept']} of {found['helpful_prompts']} helpful prompts"
+  )
+
+
+def _rubric_score(make, question, answer, criteria):
+  """Scores an answer by the model's grades; in a thread, with its own loop."""
+
+  def judge(messages):
+    text = "\n\n".join(message["content"] for message in messages)
+    return asyncio.run(policies.ask(make(), text))
+
+  graded = rubric.rubric_score(
+    judge,
+    question,
+    answer,
+    [rubric.Criterion(text=x.text, weight=x.weight) for x in criteria],
+  )
+  return graded.value
+
+
 # As synthesize.FAMILIES.
 FAMILIES = {
   "authored": (general.GeneralAuthoringConfig, _general),
+  "search_authored": (search.SearchAuthoringConfig, _search),
 }

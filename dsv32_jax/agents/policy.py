@@ -120,6 +120,14 @@ class TokenPolicy:
     )
 
 
+async def ask(policy: Policy, text: str, *, max_tokens: int = 4096) -> str:
+  """Returns the content of a policy's reply to one message of a user."""
+  conversation = conversations.Conversation(policy.tokenizer, "chat")
+  conversation.add({"role": "user", "content": text})
+  reply = await policy.complete(conversation, max_tokens=max_tokens)
+  return reply.add_to(conversation).get("content") or ""
+
+
 Reply = str | chat.Message
 Script = Callable[[list[dict[str, Any]]], Reply]
 

@@ -20,36 +20,22 @@ _PATH = {"type": "string", "minLength": 1}
 _LINE = {"type": "integer", "minimum": 1}
 
 
-def _schema(name, description, properties, required):
-  return protocol.ToolSchema(
-    name=name,
-    description=description,
-    parameters={
-      "type": "object",
-      "properties": properties,
-      "required": required,
-      "additionalProperties": False,
-    },
-  )
-
-
 TOOLS = (
-  _schema(
+  protocol.tool(
     "shell",
     "Runs a command line with bash in the repository and returns what it"
     " prints. Files stay as it leaves them; processes do not outlive it. There"
     " is no network.",
     {"command": {"type": "string"}},
-    ["command"],
   ),
-  _schema(
+  protocol.tool(
     "view",
     "Shows the numbered lines of a file, from first_line to last_line if they"
     " are given, or the names in a folder.",
     {"path": _PATH, "first_line": _LINE, "last_line": _LINE},
     ["path"],
   ),
-  _schema(
+  protocol.tool(
     "edit",
     "Replaces old_text, which the file must hold exactly once, by new_text."
     " With an empty old_text it makes a new file.",
@@ -58,16 +44,14 @@ TOOLS = (
       "old_text": {"type": "string"},
       "new_text": {"type": "string"},
     },
-    ["path", "old_text", "new_text"],
   ),
-  _schema(
+  protocol.tool(
     "run_tests",
     "Runs the test files named with the repository's test runner and returns"
     " its output.",
     {"files": {"type": "array", "items": _PATH, "minItems": 1}},
-    ["files"],
   ),
-  _schema("submit", "Ends the work; hidden tests decide.", {}, []),
+  protocol.tool("submit", "Ends the work; hidden tests decide.", {}),
 )
 _CHECKER = tools.CallChecker(TOOLS)
 

@@ -19,27 +19,17 @@ MAX_STEPS = 100
 # Longer ones are no answer to any question here.
 MAX_ANSWER_CHARACTERS = 1000
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
-_OBJECT = {"type": "object", "additionalProperties": False}
 TOOLS = (
-  protocol.ToolSchema(
-    name="python",
-    description="Runs Python code in a Jupyter kernel, whose variables stay,"
-    " and returns what it prints and the value of its last line. There is no"
-    " network.",
-    parameters={
-      **_OBJECT,
-      "properties": {"code": {"type": "string"}},
-      "required": ["code"],
-    },
+  protocol.tool(
+    "python",
+    "Runs Python code in a Jupyter kernel, whose variables stay, and returns"
+    " what it prints and the value of its last line. There is no network.",
+    {"code": {"type": "string"}},
   ),
-  protocol.ToolSchema(
-    name="submit_result",
-    description="Submits the answer and ends the work.",
-    parameters={
-      **_OBJECT,
-      "properties": {"answer_text": {"type": "string"}},
-      "required": ["answer_text"],
-    },
+  protocol.tool(
+    "submit_result",
+    "Submits the answer and ends the work.",
+    {"answer_text": {"type": "string"}},
   ),
 )
 _CHECKER = tools.CallChecker(TOOLS)

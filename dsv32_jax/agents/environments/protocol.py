@@ -26,6 +26,29 @@ class ToolSchema:
   parameters: Mapping[str, Any]
 
 
+def tool(
+  name: str,
+  description: str,
+  properties: Mapping[str, Any],
+  required: Sequence[str] | None = None,
+) -> ToolSchema:
+  """Returns a tool of these parameters and no others.
+
+  Args:
+    name: of the tool.
+    description: of the tool.
+    properties: JSON schema of each parameter.
+    required: names; None: all of them.
+  """
+  parameters = {
+    "type": "object",
+    "properties": dict(properties),
+    "required": list(properties if required is None else required),
+    "additionalProperties": False,
+  }
+  return ToolSchema(name=name, description=description, parameters=parameters)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToolCall:
   """A call as a policy makes it; nothing about it is trusted."""

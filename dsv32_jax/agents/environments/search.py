@@ -46,20 +46,10 @@ class SearchLimits:
         )
 
 
-def _schema(name, description, *required, pages=True):
-  properties: dict[str, Any] = {key: {"type": "string"} for key in required}
-  if pages:
-    properties["page"] = {"type": "integer", "minimum": 1}
-  return protocol.ToolSchema(
-    name=name,
-    description=description,
-    parameters={
-      "type": "object",
-      "properties": properties,
-      "required": list(required),
-      "additionalProperties": False,
-    },
-  )
+def _schema(name, description, *required):
+  text, page = {"type": "string"}, {"type": "integer", "minimum": 1}
+  properties = {**dict.fromkeys(required, text), "page": page}
+  return protocol.tool(name, description, properties, required)
 
 
 SCHEMAS = (
@@ -77,11 +67,10 @@ SCHEMAS = (
     "document",
     "text",
   ),
-  _schema(
+  protocol.tool(
     "submit_result",
     "Submits the answer and ends the task.",
-    "answer_text",
-    pages=False,
+    {"answer_text": {"type": "string"}},
   ),
 )
 

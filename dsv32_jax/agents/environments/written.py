@@ -19,15 +19,10 @@ from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.synthesis.general import programs
 
-SUBMIT = protocol.ToolSchema(
-  name="submit_result",
-  description="Submits the final answer as JSON text and ends the task.",
-  parameters={
-    "type": "object",
-    "properties": {"answer_text": {"type": "string"}},
-    "required": ["answer_text"],
-    "additionalProperties": False,
-  },
+SUBMIT = protocol.tool(
+  "submit_result",
+  "Submits the final answer as JSON text and ends the task.",
+  {"answer_text": {"type": "string"}},
 )
 # Inside, no module of this project can be found.
 _PROGRAM = """import sys, types

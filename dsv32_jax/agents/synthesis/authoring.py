@@ -18,7 +18,11 @@ from dsv32_jax.agents import tables
 from dsv32_jax.agents.synthesis.general import campaign as folders
 
 CANDIDATES_FILE = "candidates.jsonl"
-FREE_FIELDS = ("num_tasks", "max_candidates", "concurrency")
+# A server may have moved.
+FREE_FIELDS = (
+  *("num_tasks", "max_candidates", "concurrency", "num_helpful"),
+  "base_url",
+)
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import re
 
-from dsv32_jax.agents import conversation as conversations
 from dsv32_jax.agents import policy as policies
 from dsv32_jax.agents import tools
 from dsv32_jax.agents.repository import languages
@@ -126,16 +125,10 @@ def judged_by(
       f"{_JUDGE % mark}\n{mark}\n{candidate.statement}\n{mark}\n"
       f"{candidate.patch}\n{mark}"
     )
-    return _verdict(asyncio.run(_ask(make_policy(), text, max_tokens)))
+    asked = policies.ask(make_policy(), text, max_tokens=max_tokens)
+    return _verdict(asyncio.run(asked))
 
   return judge
-
-
-async def _ask(policy, text, max_tokens) -> str:
-  conversation = conversations.Conversation(policy.tokenizer, "chat")
-  conversation.add({"role": "user", "content": text})
-  reply = await policy.complete(conversation, max_tokens=max_tokens)
-  return reply.add_to(conversation).get("content") or ""
 
 
 def _verdict(text: str) -> str:

@@ -19,11 +19,10 @@ from dsv32_jax.agents import loop
 from dsv32_jax.agents import policy as policies
 from dsv32_jax.agents import sandbox
 from dsv32_jax.agents import tables
-from dsv32_jax.agents import tools
-from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.environments import search_index
 from dsv32_jax.agents.environments import written
 from dsv32_jax.agents.synthesis import authoring
+from dsv32_jax.agents.synthesis import playing
 from dsv32_jax.agents.synthesis.general import campaign
 from dsv32_jax.agents.synthesis.general import database
 from dsv32_jax.agents.synthesis.general import export as exports
@@ -256,19 +255,11 @@ async def trajectory(
   submitted = {"answer_text": json.dumps(answer, ensure_ascii=False)}
   environment = written.WrittenEnvironment(record, task, box)
   try:
-    start = await environment.reset()
-    shown = tools.CallChecker(start.tools).descriptions()
-    messages = [
-      {"role": "system", "content": "", "tools": shown},
-      {"role": "user", "content": start.observation},
-    ]
+    player = playing.Player(environment)
+    await player.begin()
     for name, arguments in [*calls, (written.SUBMIT.name, submitted)]:
-      call = protocol.ToolCall(name=name, arguments=arguments)
-      step = await environment.step(call)
-      text = json.dumps(arguments, ensure_ascii=False)
-      messages.append(policies.call(name, text))
-      messages.append({"role": "tool", "content": step.observation})
-    return messages, await environment.verify()
+      await player.call(name, arguments)
+    return player.messages, await environment.verify()
   finally:
     await environment.close()
 

@@ -23,51 +23,39 @@ def prompt(category: str, most_tasks: int, levels: int) -> str:
   return _PROMPT.format(category=category, most_tasks=most_tasks, levels=levels)
 
 
-def _schema(name, description, /, **properties):
-  return protocol.ToolSchema(
-    name=name,
-    description=description,
-    parameters={
-      "type": "object",
-      "properties": properties,
-      "required": list(properties),
-      "additionalProperties": False,
-    },
-  )
-
-
 _TEXT, _OBJECT = {"type": "string"}, {"type": "object"}
 SCHEMAS = (
-  _schema(
+  protocol.tool(
     "shell",
     "Runs a command line with bash in your folder. Python with sqlite3 is"
     " there, a network is not. Files stay as it leaves them.",
-    command=_TEXT,
+    {"command": _TEXT},
   ),
-  _schema(
+  protocol.tool(
     "take_database",
     "Takes an SQLite file of your folder as the data of the environment, in"
     " the place of what was taken before; not after a task has passed.",
-    path=_TEXT,
+    {"path": _TEXT},
   ),
-  _schema(
+  protocol.tool(
     "set_tool",
     "Adds a tool to the environment: Python that defines a function of the"
     " tool's name, takes the parameters by name and returns what has a JSON"
     " form. It may call query(sql, *values), which returns a list of rows. A"
     " tool of that name is replaced, but not after a task has passed.",
-    name=_TEXT,
-    description=_TEXT,
-    parameters=_OBJECT,
-    source=_TEXT,
+    {
+      "name": _TEXT,
+      "description": _TEXT,
+      "parameters": _OBJECT,
+      "source": _TEXT,
+    },
   ),
-  _schema(
+  protocol.tool(
     "try_tool",
     "Calls a tool of the environment.",
-    name=_TEXT,
-    arguments=_OBJECT,
+    {"name": _TEXT, "arguments": _OBJECT},
   ),
-  _schema(
+  protocol.tool(
     "propose_task",
     "Proposes a task over the environment. The solution is Python, `def"
     " solve():`, that only calls tools by keyword and computes. The verifier"
@@ -75,16 +63,19 @@ SCHEMAS = (
     " wrong_answers are five or more that fit the schema and are wrong. Tells"
     " what is wrong with it, or that it has passed; then propose a harder one,"
     " whose solution needs more tool calls.",
-    statement=_TEXT,
-    answer_schema=_OBJECT,
-    solution=_TEXT,
-    verifier=_TEXT,
-    wrong_answers={"type": "array"},
+    {
+      "statement": _TEXT,
+      "answer_schema": _OBJECT,
+      "solution": _TEXT,
+      "verifier": _TEXT,
+      "wrong_answers": {"type": "array"},
+    },
   ),
-  _schema(
+  protocol.tool(
     "next_task",
     "Keeps the hardest version of the current task and begins another.",
+    {},
   ),
-  _schema("finish", "Ends the work on this environment."),
+  protocol.tool("finish", "Ends the work on this environment.", {}),
 )
 SEARCHING = tuple(x for x in search.SCHEMAS if x.name != "submit_result")

@@ -28,9 +28,8 @@ from dsv32_jax.agents import interpreter as interpreters
 from dsv32_jax.agents import results
 from dsv32_jax.agents import sandbox
 from dsv32_jax.agents import tables
-from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import interpreter
-from dsv32_jax.agents.environments import protocol
+from dsv32_jax.agents.synthesis import playing
 from dsv32_jax.agents.synthesis.general import campaign as folders
 from dsv32_jax.agents.synthesis.interpreter import checks
 from dsv32_jax.agents.synthesis.interpreter import problems
@@ -233,27 +232,11 @@ async def trajectory(
     task, lambda files: interpreters.Interpreter(_box(), files=files)
   )
   try:
-    start = await environment.reset()
-    shown = tools.CallChecker(start.tools).descriptions()
-    messages = [
-      {"role": "system", "content": "", "tools": shown},
-      {"role": "user", "content": start.observation},
-    ]
-
-    async def call(name, arguments):
-      text = json.dumps(arguments, ensure_ascii=False)
-      function = {"name": name, "arguments": text}
-      step = await environment.step(
-        protocol.ToolCall(name=name, arguments=arguments)
-      )
-      calls = [{"type": "function", "function": function}]
-      messages.append({"role": "assistant", "content": "", "tool_calls": calls})
-      messages.append({"role": "tool", "content": step.observation})
-      return step.observation
-
-    printed = await call("python", {"code": solution})
-    await call("submit_result", {"answer_text": printed})
-    return messages, await environment.verify()
+    player = playing.Player(environment)
+    await player.begin()
+    printed = await player.call("python", {"code": solution})
+    await player.call("submit_result", {"answer_text": printed})
+    return player.messages, await environment.verify()
   finally:
     await environment.close()
 

@@ -112,3 +112,8 @@ async def _ask_policy(policy, system_prompt, limits, question, source) -> str:
     system_prompt=system_prompt,
   )
   return submitted[-1] if submitted else ""
+
+
+def policy_without_tools(policy: policies.Policy) -> Answerer:
+  """Makes an answerer that replies once and has nothing to search with."""
+  return lambda question, source: policies.ask(policy, question)

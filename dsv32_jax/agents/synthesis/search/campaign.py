@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 import functools
 import pathlib
 import random
+import shutil
+from typing import Any
 
 from dsv32_jax.agents import results
 from dsv32_jax.agents.environments import search_index
@@ -90,16 +92,24 @@ def _fill(file, config, make, asked, wanted):
 
 
 def run_helpful(
-  config: pipeline.SearchSynthesisConfig,
+  config: Any,
   workdir: pathlib.Path,
   progress: Progress = iter,
+  *,
+  plain: helpful.Answerer = helpful.without_search,
+  searching: helpful.Answerer = helpful.with_search,
+  scorer: helpful.Scorer = helpful.phrase_score,
 ) -> None:
   """Judges the prompts of the second source that the folder lacks.
 
   Args:
-    config: numbers; `run` has made the folder.
+    config: pipeline.SearchSynthesisConfig or authored.SearchAuthoringConfig;
+      `run` has made the folder.
     workdir: folder of this synthesis.
     progress: wraps the indices that are still to be judged.
+    plain: answers without tools.
+    searching: answers with them.
+    scorer: of question, answer and rubric; called in a thread.
 
   Raises:
     ValueError: naming file and line, if a given prompt is none.
@@ -113,21 +123,40 @@ def run_helpful(
     prompts = helpful.prompts(index, rng)
   prompts = prompts[: config.num_helpful]
   with results.ResultsFile(workdir / HELPFUL_FILE) as file:
-    for number in progress(range(len(file.rows), len(prompts))):
-      prompt, rubric = prompts[number]
-      found = asyncio.run(
-        helpful.judge(prompt, rubric, index, config.least_gain)
-      )
-      row = {"id": f"helpful-{number:06d}", "question": prompt}
-      file.append({**row, "rubric": helpful.dump(rubric), **found})
+
+    async def judge_all():
+      for number in progress(range(len(file.rows), len(prompts))):
+        prompt, rubric = prompts[number]
+        found = await helpful.judge(
+          prompt,
+          rubric,
+          index,
+          config.least_gain,
+          scorer=scorer,
+          plain=plain,
+          searching=searching,
+        )
+        row = {"id": f"helpful-{number:06d}", "question": prompt}
+        file.append({**row, "rubric": helpful.dump(rubric), **found})
+
+    asyncio.run(judge_all())
   index.close()
 
 
-def open_corpus(
-  config: pipeline.SearchSynthesisConfig, workdir: pathlib.Path
-) -> search_index.LocalIndex:
-  """Opens the folder's index, which is built if it is not there."""
+def open_corpus(config: Any, workdir: pathlib.Path) -> search_index.LocalIndex:
+  """Opens the folder's index, which is made if it is not there.
+
+  Args:
+    config: as of `run_helpful`; one with a `corpus` has a copy of that.
+    workdir: folder of this synthesis.
+  """
   path = workdir / CORPUS_FILE
+  given = getattr(config, "corpus", "")
+  if not path.exists() and given:
+    search_index.LocalIndex(given).close()  # It is one.
+    partial = path.with_suffix(".partial")
+    shutil.copyfile(given, partial)
+    partial.replace(path)
   if not path.exists():
     search_index.build(path, python_docs.documents(modules=config.modules))
   return search_index.LocalIndex(path)

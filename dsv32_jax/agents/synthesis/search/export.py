@@ -73,7 +73,7 @@ def task_rows(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 def trajectory_rows(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
   """Yields the walks that verified the questions, as conversations."""
-  for row in _kept(workdir):
+  for row in _walked(workdir):
     text = json.dumps(row["messages"], ensure_ascii=False)
     yield {"id": row["id"], "reward": 1.0, "messages": text}
 
@@ -81,7 +81,7 @@ def trajectory_rows(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
 def rejection_rows(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
   """Yields what was not kept, and why."""
   names = ("id", "entity", "depth", "breadth", "question", "answer", "answers")
-  names += ("score_without", "score_with", "reason")
+  names += ("score_without", "score_with", "refusals", "verdicts", "reason")
   for row in _all(workdir):
     if row["reason"]:
       yield {name: row[name] for name in names if name in row}
@@ -123,7 +123,9 @@ def report(workdir: pathlib.Path) -> dict[str, Any]:
         row["reason"] for row in [*candidates, *helpful] if row["reason"]
       ).most_common()
     ),
-    "calls_of_a_walk": _spread([len(x["messages"]) // 2 - 1 for x in kept]),
+    "calls_of_a_walk": _spread(
+      [len(x["messages"]) // 2 - 1 for x in _walked(workdir)]
+    ),
     "baselines": {
       name: right[name] / len(answered)
       for name in (answered[0]["answers"] if answered else ())
@@ -148,6 +150,11 @@ def _kept(workdir):
   for row in folders.read(workdir / campaign.CANDIDATES_FILE):
     if not row["reason"]:
       yield row
+
+
+def _walked(workdir):
+  """Kept questions with a walk; those that a model wrote have none."""
+  return (row for row in _kept(workdir) if "messages" in row)
 
 
 def _kept_helpful(workdir):

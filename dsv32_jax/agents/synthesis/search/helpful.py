@@ -7,6 +7,7 @@ several dimensions; it publishes neither. A judge can be given as the scorer
 (`verifiers.rubric`); offline a criterion names the phrases that show it is met.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 import dataclasses
 import pathlib
@@ -188,9 +189,11 @@ async def judge(
     "without": await plain(prompt, source),
     "with": await searching(prompt, source),
   }
-  before, after = (
-    scorer(prompt, answers[name], rubric) for name in ("without", "with")
-  )
+  # A scorer that asks a model waits.
+  before, after = [
+    await asyncio.to_thread(scorer, prompt, answers[name], rubric)
+    for name in ("without", "with")
+  ]
   reason = ""
   if after - before < least_gain:
     reason = "search does not help enough"
