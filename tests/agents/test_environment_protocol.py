@@ -3,10 +3,13 @@
 import asyncio
 import json
 import math
+import os
+import sqlite3
 import time
 
 import pytest
 
+from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.synthesis.general import export
@@ -209,10 +212,64 @@ def test_names_that_are_no_unicode_are_worth_nothing(chosen):
   assert not environment.accepts(json.dumps(answer))
 
 
-def test_the_database_cannot_be_written(chosen):
+@pytest.mark.parametrize(
+  "sql",
+  [
+    "DELETE FROM hotel",
+    "CREATE TABLE mine (a)",
+    "PRAGMA query_only = OFF",
+    "ATTACH DATABASE '/tmp/dsv32-attached' AS a",
+    "VACUUM INTO '/tmp/dsv32-attached'",
+  ],
+)
+def test_the_database_can_only_be_read(chosen, sql):
   environment = general.GeneralEnvironment(*chosen)
-  with pytest.raises(Exception, match="readonly"):
-    environment.connection.execute("DELETE FROM hotel")
+  with pytest.raises(sqlite3.DatabaseError, match="not authorized|SQL logic"):
+    environment.connection.execute(sql)
+  assert not os.path.exists("/tmp/dsv32-attached")
+
+
+def test_text_in_a_typed_tool_is_no_sql():
+  """Whatever a name says, it is a name that is not there."""
+  injections = (
+    "' OR '1'='1",
+    "x'; DROP TABLE hotel; --",
+    '" OR 1=1 --',
+    "x' UNION SELECT name FROM sqlite_master --",
+    "%",
+    "\0",
+  )
+  tried = 0
+  for record, task in world.tasks("find", "trip"):
+    environment = general.GeneralEnvironment(record, task)
+    for tool in record["tools"]:
+      properties = tool["parameters"]["properties"]
+      free = [
+        name
+        for name, schema in properties.items()
+        if schema["type"] == "string" and "enum" not in schema
+      ]
+      if tool["name"] == "submit_result" or not free:
+        continue
+      for text in injections:
+        arguments = {
+          name: text if name in free else _least(schema)
+          for name, schema in properties.items()
+        }
+        with pytest.raises(tools.ToolError):
+          environment.tools.run(tool["name"], arguments)
+        tried += 1
+  assert tried > 100
+
+
+def _least(schema):
+  """A value that fits."""
+  match schema:
+    case {"enum": values}:
+      return values[0]
+    case {"type": "integer"}:
+      return 1
+  return [schema["items"]["enum"][0]]
 
 
 def test_steps_are_cheap():
