@@ -224,7 +224,7 @@ def test_names_that_are_no_unicode_are_worth_nothing(chosen):
 )
 def test_the_database_can_only_be_read(chosen, sql):
   environment = general.GeneralEnvironment(*chosen)
-  with pytest.raises(sqlite3.DatabaseError, match=r"not authorized|authorization"):
+  with pytest.raises(sqlite3.DatabaseError, match="authoriz"):
     environment.connection.execute(sql)
   assert not os.path.exists("/tmp/dsv32-attached")
 
