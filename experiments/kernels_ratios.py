@@ -30,7 +30,7 @@ from pallas_kernels.sparse_mla import tpu_segments
 
 # Columns of a loop in a row, see `budget.LOOP`.
 _DEPTH, _BUNDLES, _, _LEAST, _ = range(5)
-_SAMPLES = 256
+_SAMPLES = 4096
 # Registers that a bundle stores, and queries of a call of masked attention.
 _STORES = {"v5e": 1, "v5p": 1, "v6e": 2, "7x": 2}
 _CLEARED_QUERIES = 8192

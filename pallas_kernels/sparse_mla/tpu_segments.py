@@ -50,9 +50,13 @@ def list_shape(selected, segments, most):
 
 
 def split(num_keys, limit):
-  """Returns (segments, keys of each), at most `limit`."""
-  segments = -(-num_keys // limit)
-  return segments, rows.round_up(-(-num_keys // segments), 8)
+  """Returns (segments, keys of each), the last with fewer.
+
+  A segment that a query has keys of costs it half an item, and in causal order
+  fewer queries reach the later ones: all but the last are full.
+  """
+  size = min(rows.round_up(num_keys, 8), limit // 8 * 8)
+  return -(-num_keys // size), size
 
 
 def segment_tables(latent_BSC, key_rope_BSR, segments, size):
@@ -89,7 +93,8 @@ def cut_lists(indices_TN, segments, size, words, most_keys, is_sorted):
   edge_TE = lax.map(lambda b: jnp.sum(sorted_TN < b, axis=-1), bounds).T
   number_TG = -(-jnp.diff(edge_TE) // item)
   a_step = 2 * items
-  steps_G = jnp.maximum(1, -(-jnp.sum(number_TG, axis=0) // a_step))
+  # None for a segment that no query has keys of: its table is not loaded.
+  steps_G = -(-jnp.sum(number_TG, axis=0) // a_step)
   first_step_G = jnp.cumsum(steps_G) - steps_G
   before_TG = jnp.cumsum(number_TG, axis=0) - number_TG
   most = -(-selected // item) + segments - 1
@@ -118,13 +123,15 @@ def cut_lists(indices_TN, segments, size, words, most_keys, is_sorted):
   list_IP = jax.vmap(
     lambda query, start: lax.dynamic_slice(padded, (query, start), (1, item))[0]
   )(query_I, start_I)
-  step_J = jnp.arange(num_steps)
-  segment_J = jnp.sum(step_J[:, None] >= first_step_G, axis=-1) - 1
+  step_J, live = jnp.arange(num_steps), jnp.sum(steps_G)
+  # Steps with nothing to do stay at the last table that was loaded.
+  busy_J = jnp.minimum(step_J, jnp.maximum(live - 1, 0))
+  segment_J = jnp.sum(busy_J[:, None] >= first_step_G, axis=-1) - 1
   base_I = size * jnp.repeat(segment_J, a_step)
   listed_IP = jnp.arange(item) < size_I[:, None]
   list_IP = jnp.where(listed_IP, list_IP - base_I[:, None], size)
   offsets_IP = rows.FRONT + words * list_IP
-  live_J = step_J < jnp.sum(steps_G)
+  live_J = step_J < live
   first_J = step_J == first_step_G[segment_J]
   last_J = step_J == (first_step_G + steps_G - 1)[segment_J]
   flag_J = jnp.where(live_J, first_J + 2 * last_J, -1)

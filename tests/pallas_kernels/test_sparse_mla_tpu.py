@@ -102,9 +102,14 @@ def test_segments_of_keys_equal_the_definition(monkeypatch):
   monkeypatch.setattr(tpu_segments, "ITEMS", 2)
   monkeypatch.setattr(tpu, "_QUERIES", 2)
   monkeypatch.setattr(tpu_backward, "_QUERIES", 2)
-  arrays, indices, d_out = draw((1, 3, 115, 3, 40, 6, 60))
+  arrays, indices, d_out = draw((5, 3, 115, 3, 40, 6, 60))
   rng = np.random.default_rng(1)
-  indices[0, 1] = rng.integers(0, 40, indices.shape[2])
+  indices[:, 1] = rng.integers(0, 40, indices.shape[2])
+  # The first chunk of a sequence may select in few segments, or none.
+  ranges = ((0, 115), (0, 30), (85, 115), (45, 75), (0, 0))
+  for indices_TN, (first, end) in zip(indices, ranges):
+    chosen = (indices_TN[:2] >= first) & (indices_TN[:2] < end)
+    indices_TN[:2] = np.where(chosen, indices_TN[:2], -1)
   chip = rows.Chip(forward_keys=40, backward_keys=40, pairs=True, additions=8)
   how = {"interpret": implementations.INTERPRET, "chip": chip}
   out, lse = tpu.forward(*arrays, indices, SCALE, **how)
@@ -114,6 +119,12 @@ def test_segments_of_keys_equal_the_definition(monkeypatch):
   want = wanted(arrays, indices, d_out)
   for one_got, one_want in zip((out, lse, *d_arrays), want):
     assert_close(one_got, one_want, "bfloat16")
+
+
+def test_all_segments_but_the_last_are_full():
+  assert tpu_segments.split(115, 43) == (3, 40)
+  assert tpu_segments.split(32768, 12800) == (3, 12800)
+  assert tpu_segments.split(131072, 32768) == (4, 32768)
 
 
 def test_lists_that_are_sorted_already_are_cut_alike():
