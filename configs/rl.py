@@ -4,9 +4,10 @@ python -m experiments.train_rl --config=configs/rl.py:tiny --workdir=DIR \
   --config.init_from=START/checkpoints \
   --config.tokenizer.path=START/tokenizer.json
 
-Variants: tiny, tiny_async (sampling and learning side by side), small. Without
-init_from they start from fresh weights, which solve nothing. The stabilisers
-are switches:
+Variants: tiny, tiny_async (sampling and learning side by side), small; episodes
+of several turns in environments: calculator, calculator_async, lookups. Without
+init_from they start from fresh weights, which solve nothing; for episodes,
+experiments.learned makes a start. The stabilisers are switches:
 --config.learner.grpo.unbiased_kl=False
 --config.learner.grpo.off_policy_threshold=None
 --config.learner.keep_routing=False
@@ -15,10 +16,15 @@ are switches:
 
 import dataclasses
 
+from dsv32_jax.agents import loop
+from dsv32_jax.agents.synthesis.general import lookups
+from dsv32_jax.data import tokenizer
 from dsv32_jax.generation import programs
 from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import presets
 from dsv32_jax.rl import config as learner_config
+from dsv32_jax.rl import environments
+from dsv32_jax.rl import episode_config
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import run_config
 from dsv32_jax.training import checkpoint
@@ -102,6 +108,64 @@ def tiny(**changes) -> run_config.RlConfig:
   )
 
 
+# Families of environments that nothing is trained on.
+UNSEEN = tuple(lookups.DOMAINS)[-3:]
+SEEN = tuple(lookups.DOMAINS)[:-3]
+
+
+def agent_model(vocab_size: int, window: int) -> config_lib.ModelConfig:
+  """A tiny model for episodes, whose selection holds a whole one.
+
+  Choosing keys would have to be learned as well, in minutes.
+  """
+  return dataclasses.replace(
+    tiny_model(),
+    vocab_size=vocab_size,
+    index_top_k=window,
+    max_length=window,
+  )
+
+
+def episodes(
+  environment: environments.EnvironmentConfig,
+  *,
+  vocab_size: int,
+  window: int,
+  **changes,
+) -> run_config.RlConfig:
+  """Episodes of a few turns, without thinking, tools told by signatures."""
+  defaults = dict(
+    tasks=(),
+    episodes=episode_config.EpisodesConfig(
+      environments=(environment,),
+      limits=loop.EpisodeLimits(turns=5, window=window, turn_tokens=96),
+      thinking_mode="chat",
+      tool_descriptions="signatures",
+    ),
+    tokenizer=tokenizer.TokenizerConfig(vocab_size=vocab_size),
+    evaluation=run_config.EvaluationConfig(every=20, problems=128),
+  )
+  return rl_config(
+    agent_model(vocab_size, window),
+    row_length=window - 1,
+    max_tokens=96,
+    max_batch=16,
+    **(defaults | changes),
+  )
+
+
+def calculator(**changes) -> run_config.RlConfig:
+  """Arithmetic, each step by a tool."""
+  one = environments.EnvironmentConfig(kind="calculator", size=3, largest=20)
+  return episodes(one, vocab_size=384, window=256, **changes)
+
+
+def look_ups(**changes) -> run_config.RlConfig:
+  """Small general environments; three families of them are kept out."""
+  one = environments.EnvironmentConfig(kind="lookups", domains=SEEN)
+  return episodes(one, vocab_size=512, window=448, **changes)
+
+
 def get_config(variant: str = "tiny"):
   def small():
     return rl_config(
@@ -124,5 +188,8 @@ def get_config(variant: str = "tiny"):
     "tiny": tiny,
     "tiny_async": lambda: tiny(max_staleness=1),
     "small": small,
+    "calculator": calculator,
+    "calculator_async": lambda: calculator(max_staleness=1),
+    "lookups": look_ups,
   }
   return common.config_variant(variants, variant)

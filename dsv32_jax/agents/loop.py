@@ -6,7 +6,7 @@ raises is not the episode's fault and is raised.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 import dataclasses
 import inspect
 import logging
@@ -133,6 +133,7 @@ async def run_episode(
   limits: EpisodeLimits = EpisodeLimits(),
   thinking_mode: str = "thinking",
   system_prompt: str = "",
+  describe: Callable[[Sequence[protocol.ToolSchema]], str] | None = None,
   manage_context: ContextManager | None = None,
 ) -> Episode:
   """Runs one episode to its end.
@@ -145,6 +146,7 @@ async def run_episode(
     limits: bounds.
     thinking_mode: "thinking" or "chat".
     system_prompt: before the description of the tools.
+    describe: the tools as text; None: as the chat format has them.
     manage_context: called before each reply; None: the window is the end.
 
   Raises:
@@ -153,7 +155,7 @@ async def run_episode(
   """
   run = _Run(policy, limits, thinking_mode, EpisodeResult(id=episode_id))
   try:
-    await run.episode(make_environment, system_prompt, manage_context)
+    await run.episode(make_environment, system_prompt, describe, manage_context)
   except _EnvironmentError as error:
     run.result.finish, run.result.error = "crashed", str(error)
     run.result.reward = 0.0
@@ -178,14 +180,20 @@ class _Run:
     # Of the last reply and what it continued; all there is behind an API.
     self._last_tokens = 0
 
-  async def episode(self, make_environment, system_prompt, manage_context):
+  async def episode(
+    self, make_environment, system_prompt, describe, manage_context
+  ):
     """Fills in the result."""
     self._environment = await self._within(make_environment, "is made")
     start = await self._within(self._environment.reset, "resets")
     checker = tools.CallChecker(start.tools)
     if system_prompt or start.tools:
       system = {"role": "system", "content": system_prompt}
-      self.conversation.add({**system, "tools": checker.descriptions()})
+      if describe is None:
+        system["tools"] = checker.descriptions()
+      else:
+        system["content"] += describe(start.tools)
+      self.conversation.add(system)
     self.conversation.add({"role": "user", "content": start.observation})
     while not self.result.finish:
       self.result.finish = await self._turn(checker, manage_context)

@@ -157,6 +157,17 @@ class CallChecker:
       raise ToolError(f"no tool {_short(repr(name))}; tools: {_short(known)}")
 
 
+def signatures(schemas: Sequence[Schema]) -> str:
+  """Describes tools by names and arguments alone, a line each.
+
+  For models with a small window, in the place of the format's description.
+  """
+  return "\n".join(
+    f"{schema.name}({', '.join(schema.parameters.get('properties', {}))})"
+    for schema in schemas
+  )
+
+
 class ToolBox(CallChecker):
   """Tools that are run here."""
 

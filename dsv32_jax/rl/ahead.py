@@ -98,6 +98,7 @@ def abstract_batch(config: run_config.RlConfig, mesh) -> replay.ReplayBatch:
     ref_logp_BT=array(jnp.float32),
     advantages_B=row(),
     kl_weight_B=row(),
+    trajectory_B=jax.ShapeDtypeStruct(shape[:1], jnp.int32),
     num_sequences=jax.ShapeDtypeStruct((), jnp.float32),
     kept=_kept(config, array),
     experts_LBTA=_experts(model, learns, layered),

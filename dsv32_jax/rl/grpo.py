@@ -95,11 +95,14 @@ def grpo_loss(
   *,
   kl_weight_B=None,
   num_sequences=None,
+  trajectory_B=None,
 ):
   """Minus the GRPO objective (equations 5, 7, 8 and 9).
 
   Averages over each sequence's masked tokens, then over all B sequences; a
-  sequence without such tokens counts as zero.
+  sequence without such tokens counts as zero. Where a trajectory lies in
+  several rows, these are one sequence: one mean over all its tokens, and one
+  decision whether it is off-policy.
 
   Args:
     logp_BT: the policy's log-probabilities of the tokens; differentiable.
@@ -111,7 +114,9 @@ def grpo_loss(
     config: clipping, KL, masking.
     kl_weight_B: a weight a sequence, in place of the config's.
     num_sequences: what the sum over sequences is divided by, where B is but
-      a part of a larger batch; default B.
+      a part of a larger batch or rows are parts; default B.
+    trajectory_B: int32, equal in the rows that are parts of one trajectory,
+      all of which must be there; default: each row is a sequence.
 
   Returns:
     The loss and metrics, means as above: `surrogate`, `kl`, `ratio`,
@@ -124,6 +129,7 @@ def grpo_loss(
   _check_shapes(
     advantages_B,
     kl_weight_B,
+    trajectory_B,
     logp=logp_BT,
     old_logp=old_logp_BT,
     ref_logp=ref_logp_BT,
@@ -135,7 +141,15 @@ def grpo_loss(
     jnp.where(mask_BT > 0, x_BT.astype(jnp.float32), 0.0)
     for x_BT in (logp_BT, old_logp_BT, ref_logp_BT)
   )
-  count_B = jnp.maximum(jnp.sum(mask_BT, axis=1), 1.0)
+
+  def whole(x_B):
+    """Sums over the rows of a row's trajectory."""
+    if trajectory_B is None:
+      return x_B
+    same_BB = trajectory_B[:, None] == trajectory_B[None, :]
+    return jnp.sum(jnp.where(same_BB, x_B[None, :], 0.0), axis=1)
+
+  count_B = jnp.maximum(whole(jnp.sum(mask_BT, axis=1)), 1.0)
   sequences = mask_BT.shape[0] if num_sequences is None else num_sequences
 
   def token_mean(x_BT):
@@ -147,10 +161,10 @@ def grpo_loss(
   ratio_BT = jnp.exp(logp_BT - old_logp_BT)
   advantages_B = jax.lax.stop_gradient(advantages_B.astype(jnp.float32))
   surrogate_BT, clipped_BT = _surrogate(ratio_BT, advantages_B[:, None], config)
-  distance_B = jax.lax.stop_gradient(token_mean(old_logp_BT - logp_BT))
-  kept_B = jnp.ones_like(distance_B, bool)
+  drift_B = jax.lax.stop_gradient(token_mean(old_logp_BT - logp_BT))
+  kept_B = jnp.ones_like(drift_B, bool)
   if config.off_policy_threshold is not None:
-    off_policy_B = distance_B > config.off_policy_threshold
+    off_policy_B = whole(drift_B) > config.off_policy_threshold
     kept_B = ~(off_policy_B & (advantages_B < 0))
   surrogate_B = jnp.where(kept_B, token_mean(surrogate_BT), 0.0)
   if config.unbiased_kl:
@@ -166,8 +180,9 @@ def grpo_loss(
     "ratio": mean(token_mean(ratio_BT)),
     "ratio_deviation": mean(token_mean(jnp.square(ratio_BT - 1.0))),
     "clipped": mean(token_mean(clipped_BT)),
-    "log_old_over_new": mean(distance_B),
-    "dropped_sequences": mean(~kept_B),
+    "log_old_over_new": mean(drift_B),
+    # A part is its share of its sequence.
+    "dropped_sequences": mean(~kept_B * token_mean(jnp.ones_like(mask_BT))),
   }
   return loss, jax.lax.stop_gradient(metrics)
 
@@ -183,7 +198,7 @@ def _surrogate(ratio_BT, advantage_B1, config):
   return jnp.where(clipped_BT, bounded_BT, free_BT), clipped_BT
 
 
-def _check_shapes(advantages_B, kl_weight_B, **arrays):
+def _check_shapes(advantages_B, kl_weight_B, trajectory_B, **arrays):
   shapes = {name: x_BT.shape for name, x_BT in arrays.items()}
   if len(set(shapes.values())) != 1 or arrays["logp"].ndim != 2:
     raise ValueError(f"{shapes=} must be one and the same [B, T]")
@@ -192,3 +207,5 @@ def _check_shapes(advantages_B, kl_weight_B, **arrays):
     raise ValueError(f"{advantages_B.shape=} must be [B] with B={batch}")
   if kl_weight_B is not None and kl_weight_B.shape != (batch,):
     raise ValueError(f"{kl_weight_B.shape=} must be [B] with B={batch}")
+  if trajectory_B is not None and trajectory_B.shape != (batch,):
+    raise ValueError(f"{trajectory_B.shape=} must be [B] with B={batch}")

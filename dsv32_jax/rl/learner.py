@@ -133,6 +133,7 @@ def rl_loss(
     config.grpo,
     kl_weight_B=batch.kl_weight_B,
     num_sequences=batch.num_sequences,
+    trajectory_B=batch.trajectory_B,
   )
   metrics["entropy"] = jnp.sum(entropy_BT * mask_BT) / per.targets
   metrics["policy_loss"] = policy_loss
@@ -158,6 +159,7 @@ def make_learner_step(
   optimizer: optax.GradientTransformation,
   *,
   microbatches: int = 1,
+  rows: int | None = None,
   remat=None,
 ):
   """Builds the jitted step.
@@ -167,6 +169,8 @@ def make_learner_step(
     config: objective, replay and stage.
     optimizer: as given to step.init_state.
     microbatches: pieces the batch is cut into, one after the other.
+    rows: of the batches meant; one with several times as many is cut into
+      several times as many pieces. None: any number of rows.
     remat: rematerialisation of a layer, or None.
 
   Returns:
@@ -177,7 +181,10 @@ def make_learner_step(
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: step_lib.TrainState, batch: replay_lib.ReplayBatch):
-    per = step_lib.denominators(batch.batch, microbatches)
+    pieces = microbatches
+    if rows is not None:
+      pieces *= batch.advantages_B.shape[0] // rows
+    per = step_lib.denominators(batch.batch, pieces)
 
     def loss_of(trained, batch):
       model = step_lib.merge_model(graph, state._replace(trained=trained))
@@ -188,7 +195,7 @@ def make_learner_step(
       state.trained,
       batch,
       microbatches_lib.cut,
-      microbatches,
+      pieces,
     )
     state, found = step_lib.update(
       state, gradients, load_LE, config.stage, optimizer

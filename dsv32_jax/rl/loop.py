@@ -12,6 +12,7 @@ import time
 import jax
 
 from dsv32_jax.rl import asynchronous
+from dsv32_jax.rl import episodes
 from dsv32_jax.rl import policy as policy_lib
 from dsv32_jax.rl import run_config
 from dsv32_jax.rl import sampling
@@ -69,9 +70,7 @@ def train(
     stack.enter_context(jax.set_mesh(policy.mesh))
     start = policy.resume()
     training_loop.claim_folder(config, workdir, _MAY_CHANGE)
-    sampler = sampling.Sampler(
-      config, policy.model(), policy.tokenizer, rewarder
-    )
+    sampler = _sampler(policy, rewarder)
     writer = stack.enter_context(
       metrics_lib.MetricsWriter(workdir, resume_step=start or None)
     )
@@ -88,6 +87,13 @@ def train(
         writer, policy.version + 1, policy.version, sampler.pass_at_1()
       )
   return policy
+
+
+def _sampler(policy, rewarder):
+  config, model = policy.config, policy.model()
+  if config.episodes is not None:
+    return episodes.Sampler(config, model, policy.tokenizer, policy.mesh)
+  return sampling.Sampler(config, model, policy.tokenizer, rewarder)
 
 
 def _in_turns(policy, sampler) -> Iterator[sampling.Rollout]:

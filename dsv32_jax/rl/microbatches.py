@@ -15,6 +15,7 @@ def cut(batch: replay.ReplayBatch, microbatches: int) -> replay.ReplayBatch:
   """Gives each array a leading axis M over pieces of the rows.
 
   `num_sequences` stays that of the whole batch, which the losses divide by.
+  `replay.pack` has put all parts of a trajectory into one piece.
 
   Raises:
     ValueError: if the rows do not divide.
@@ -35,6 +36,7 @@ def cut(batch: replay.ReplayBatch, microbatches: int) -> replay.ReplayBatch:
     ref_logp_BT=by_rows(batch.ref_logp_BT),
     advantages_B=by_rows(batch.advantages_B),
     kl_weight_B=by_rows(batch.kl_weight_B),
+    trajectory_B=by_rows(batch.trajectory_B),
     num_sequences=jnp.broadcast_to(batch.num_sequences, (microbatches,)),
     kept=logprobs.KeptSets(*jax.tree.map(by_rows, tuple(batch.kept))),
     experts_LBTA=jax.tree.map(by_layers, batch.experts_LBTA),

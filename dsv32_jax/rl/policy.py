@@ -17,6 +17,7 @@ from dsv32_jax.rl import replay
 from dsv32_jax.rl import rollout as rollout_lib
 from dsv32_jax.rl import run_config
 from dsv32_jax.rl import sampling
+from dsv32_jax.rl import seeds
 from dsv32_jax.training import checkpoint as checkpoint_lib
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import optimizer as optimizer_lib
@@ -86,6 +87,7 @@ class Policy:
       config.learner,
       self._optimizer,
       microbatches=config.microbatches,
+      rows=config.rows,
       remat=run_lib.REMAT[config.remat],
     )
     self._score = learner.make_reference_scorer(self._graph, config.learner)
@@ -114,6 +116,7 @@ class Policy:
       lengths=config.row_lengths,
       seed=_seed(config.seed, rollout.number),
       num_rows=config.rows,
+      pieces=config.microbatches,
     )
     found = _describe(rollout, values)
     found["steps"] = len(batches)
@@ -191,7 +194,7 @@ def _describe(rollout: sampling.Rollout, values) -> dict[str, float]:
   errors = [one.error for one in rewards if one.error]
   if errors:
     _log.warning(
-      "rollout %d: %d answers were not scored and earn 0; the first: %s",
+      "rollout %d: %d answers have no score of their own, the first: %s",
       rollout.number,
       len(errors),
       errors[0],
@@ -203,14 +206,22 @@ def _describe(rollout: sampling.Rollout, values) -> dict[str, float]:
     "outcome": float(np.mean([r.outcome for r in rewards])),
     "failed_scores": len(errors),
     "informative_groups": float(np.mean(informative_P)),
-    "answer_tokens": float(np.mean([one.written_N.sum() for one in answers])),
+    "answer_tokens": _written(answers),
     "truncated": rollout.truncated,
     "staleness": rollout.number - rollout.version,
+    **rollout.further,
   }
   for domain in sorted({one.domain for one in answers}):
     mine = [r.value for r, a in zip(rewards, answers) if a.domain == domain]
     found[f"reward_{domain}"] = float(np.mean(mine))
   return found
+
+
+def _written(answers) -> float:
+  """Tokens that the policy wrote, a trajectory."""
+  return float(
+    np.mean([sum(p.written_N.sum() for p in one.parts) for one in answers])
+  )
 
 
 def _tokenizer(config: run_config.RlConfig, workdir):
@@ -236,6 +247,10 @@ def make_tokenizer(config: run_config.RlConfig) -> tokenizer_lib.Tokenizer:
   if config.tokenizer.path is not None:
     return tokenizer_lib.load(config.tokenizer.path)
   texts = []
+  if config.episodes is not None:
+    texts += seeds.texts(
+      config.episodes, seed=config.seed, count=_TOKENIZER_PROBLEMS
+    )
   for task in config.tasks:
     problems = tasks.generate(task.make(), split="train", seed=config.seed)
     for problem in itertools.islice(problems, _TOKENIZER_PROBLEMS):

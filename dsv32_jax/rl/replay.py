@@ -23,72 +23,19 @@ from dsv32_jax.data import batch as batch_lib
 from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import transformer
 from dsv32_jax.rl import logprobs
+from dsv32_jax.rl import trajectory
 
-# B batch, T tokens, N tokens of a trajectory, L layers, A experts a token,
-# S selected keys, K kept tokens
+# B batch, T tokens, L layers, A experts a token, S selected keys, K kept tokens
 
 # Kept sets of so many words are bits, whatever they hold: a list may take fewer
 # bytes, but each length of list is compiled anew.
 _FEW_WORDS = 16
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trajectory:
-  """One answer with its prompt, as the sampler saw it.
-
-  Attributes:
-    token_ids_N: prompt, answer, and in agentic tasks what tools said.
-    written_N: bool, the tokens that the policy drew.
-    logp_N: the sampler's log-probability of each drawn token, under the
-      distribution it drew from; elsewhere ignored.
-    kept: a sorted id array (or None: no truncation) for each token, or None.
-    experts_LNA: routing of the N - 1 tokens that the sampler ran through the
-      model (the last one it only drew), or None.
-    selection_LNS: selected keys of these, padded with -1, or None.
-    domain: which KL weight applies.
-  """
-
-  token_ids_N: np.ndarray
-  written_N: np.ndarray
-  logp_N: np.ndarray
-  kept: Sequence[np.ndarray | None] | None = None
-  experts_LNA: np.ndarray | None = None
-  selection_LNS: np.ndarray | None = None
-  domain: str = ""
-
-  def __post_init__(self):
-    length = len(self.token_ids_N)
-    if length < 2:
-      raise ValueError(f"{length=} of a trajectory must be at least 2")
-    for name in ("written_N", "logp_N", "kept"):
-      value = getattr(self, name)
-      if value is not None and len(value) != length:
-        raise ValueError(f"len({name})={len(value)} differs from {length=}")
-    for name in ("experts_LNA", "selection_LNS"):
-      value = getattr(self, name)
-      if value is not None and value.shape[1] != length - 1:
-        raise ValueError(
-          f"{name} has shape={value.shape}, whose second axis must be"
-          f" {length - 1}: one less than the tokens"
-        )
-    if self.written_N[0]:
-      raise ValueError("written_N[0] is True: the first token is given")
-    written_logp = np.asarray(self.logp_N)[np.asarray(self.written_N, bool)]
-    if not np.all(np.isfinite(written_logp) & (written_logp <= 1e-4)):
-      raise ValueError("logp_N of a written token is no log-probability")
-    self._check_kept()
-
-  def _check_kept(self):
-    for place, ids in enumerate(self.kept or ()):
-      token = self.token_ids_N[place]
-      if ids is not None and self.written_N[place] and token not in ids:
-        raise ValueError(f"{place=}: {token=} is not in its own kept set")
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayBatch:
-  """Trajectories in rows of one length, one a row.
+  """Trajectories in rows of one length, a part a row.
 
   Position t holds token t and everything about drawing token t + 1.
 
@@ -99,7 +46,8 @@ class ReplayBatch:
     ref_logp_BT: float32, the reference's; zeros before it is scored.
     advantages_B: float32.
     kl_weight_B: float32.
-    num_sequences: float32, rows that hold a trajectory.
+    trajectory_B: int32, the number of the row's trajectory; -1 for padding.
+    num_sequences: float32, trajectories.
     kept: the sets drawn from.
     experts_LBTA: uint8 or uint16 routing over the MoE layers, or None.
     selection_LBTS: int32 selected keys over all layers, or None.
@@ -110,6 +58,7 @@ class ReplayBatch:
   ref_logp_BT: np.ndarray | jax.Array
   advantages_B: np.ndarray | jax.Array
   kl_weight_B: np.ndarray | jax.Array
+  trajectory_B: np.ndarray | jax.Array
   num_sequences: np.ndarray | jax.Array
   kept: logprobs.KeptSets
   experts_LBTA: np.ndarray | jax.Array | None = None
@@ -134,50 +83,56 @@ class ReplayBatch:
 
 
 def pack(
-  trajectories: Sequence[Trajectory],
+  trajectories: Sequence[trajectory.Trajectory],
   advantages: Sequence[float],
   kl_weights: Sequence[float],
   config: config_lib.ModelConfig,
   *,
   num_rows: int,
   lengths: Sequence[int],
+  pieces: int = 1,
 ) -> ReplayBatch:
-  """Puts trajectories into rows of the shortest length that holds them all.
+  """Puts parts into rows of the shortest length that holds them all.
 
-  Few lengths mean few compilations. Rows beyond the trajectories are padding.
+  Few lengths mean few compilations. Rows beyond the parts are padding.
 
   Args:
-    trajectories: at least one, at most num_rows.
+    trajectories: at least one, each with parts.
     advantages: one each.
     kl_weights: one each.
     config: of the model; counts experts and vocabulary.
     num_rows: B.
-    lengths: allowed T; a trajectory of N tokens needs N - 1 places.
+    lengths: allowed T; a part of N tokens needs N - 1 places.
+    pieces: microbatches that the rows will be cut into; all parts of a
+      trajectory come into one.
 
   Raises:
     ValueError: if they do not fit, or do not record the same.
   """
   count = len(trajectories)
-  if not 1 <= count <= num_rows:
-    raise ValueError(f"{count=} of trajectories must be 1 to {num_rows=}")
   if not len(advantages) == len(kl_weights) == count:
     raise ValueError(
       f"{len(advantages)=} and {len(kl_weights)=} must be {count=}"
     )
-  longest = max(len(t.token_ids_N) for t in trajectories) - 1
-  fitting = [length for length in lengths if length >= longest]
-  if not fitting:
-    raise ValueError(f"{longest=} trajectory exceeds {max(lengths)=}")
-  rows = _Rows(trajectories, (num_rows, min(fitting)))
+  number_B = rows_of_parts(
+    [len(one.parts) for one in trajectories], num_rows, pieces
+  )
+  if number_B is None:
+    parts = sum(len(one.parts) for one in trajectories)
+    raise ValueError(
+      f"{count=} of trajectories with {parts=} must be at least 1 and fit into"
+      f" {num_rows=} in {pieces=}"
+    )
+  rows = _Rows(trajectories, number_B, lengths)
   mask_BT = rows.fill("written_N", np.float32, shift=1)
   logp_BT = rows.fill("logp_N", np.float32, shift=1)
-  pad = (0, num_rows - count)
   return ReplayBatch(
     batch=_token_batch(rows, mask_BT, config),
     old_logp_BT=np.where(mask_BT > 0, logp_BT, 0).astype(np.float32),
     ref_logp_BT=np.zeros_like(mask_BT),
-    advantages_B=np.pad(np.asarray(advantages, np.float32), pad),
-    kl_weight_B=np.pad(np.asarray(kl_weights, np.float32), pad),
+    advantages_B=rows.repeat(advantages),
+    kl_weight_B=rows.repeat(kl_weights),
+    trajectory_B=number_B,
     num_sequences=np.float32(count),
     kept=_pack_kept(rows, config.vocab_size),
     experts_LBTA=rows.fill_layers(
@@ -187,35 +142,77 @@ def pack(
   )
 
 
-class _Rows:
-  """Trajectories and the shape [B, T] they go into."""
+def rows_of_parts(
+  counts: Sequence[int], num_rows: int, pieces: int
+) -> np.ndarray | None:
+  """Numbers the rows of a batch by the trajectory that they hold a part of.
 
-  def __init__(self, trajectories, shape):
-    self.trajectories = trajectories
-    self.shape = shape
+  Args:
+    counts: parts of each trajectory, at least one.
+    num_rows: of the batch.
+    pieces: of the rows, equally many in each; no trajectory is in two.
+
+  Returns:
+    int32 [num_rows], -1 where a row stays empty; None if they do not fit.
+  """
+  if not counts or min(counts) < 1:
+    return None
+  room = [num_rows // pieces] * pieces
+  held: list[list[int]] = [[] for _ in range(pieces)]
+  for number in sorted(range(len(counts)), key=lambda n: -counts[n]):
+    fitting = [n for n in range(pieces) if room[n] >= counts[number]]
+    if not fitting:
+      return None
+    room[fitting[0]] -= counts[number]
+    held[fitting[0]] += [number] * counts[number]
+  return np.array(
+    [n for one, free in zip(held, room) for n in one + [-1] * free], np.int32
+  )
+
+
+class _Rows:
+  """Parts, each with its row, and the shape [B, T] they go into."""
+
+  def __init__(self, trajectories, number_B, lengths):
+    waiting = {n: iter(one.parts) for n, one in enumerate(trajectories)}
+    self.number_B = number_B
+    self.parts = [
+      (row, next(waiting[number]))
+      for row, number in enumerate(number_B.tolist())
+      if number >= 0
+    ]
+    longest = max(len(part.token_ids_N) for _, part in self.parts) - 1
+    fitting = [length for length in lengths if length >= longest]
+    if not fitting:
+      raise ValueError(f"a part's {longest=} exceeds {max(lengths)=}")
+    self.shape = (len(number_B), min(fitting))
+
+  def repeat(self, values):
+    """A value of each trajectory in each of its rows, 0 elsewhere."""
+    return np.asarray([*values, 0.0], np.float32)[self.number_B]
 
   def fill(self, name, dtype, *, shift):
     """A value a token; `shift` 1 takes those of the next token."""
     out_BT = np.zeros(self.shape, dtype)
-    for row, trajectory in enumerate(self.trajectories):
-      value_N = np.asarray(getattr(trajectory, name))
+    for row, part in self.parts:
+      value_N = np.asarray(getattr(part, name))
       places = len(value_N) - 1
       out_BT[row, :places] = value_N[shift : places + shift]
     return out_BT
 
   def fill_layers(self, name, dtype, padding):
     """A record over layers, or None where none was made."""
-    given = [getattr(t, name) for t in self.trajectories]
+    given = [getattr(part, name) for _, part in self.parts]
     if all(value is None for value in given):
       return None
     if any(value is None for value in given):
-      raise ValueError(f"some trajectories record {name}, some do not")
+      raise ValueError(f"some parts record {name}, some do not")
     if len({(value.shape[0], value.shape[2]) for value in given}) != 1:
-      raise ValueError(f"{name} differs in shape between trajectories")
+      raise ValueError(f"{name} differs in shape between parts")
     layers, _, last = given[0].shape
     out = np.full((layers, *self.shape, last), padding, dtype)
     limits = np.iinfo(dtype)
-    for row, value in enumerate(given):
+    for (row, _), value in zip(self.parts, given):
       if value.min() < limits.min or value.max() > limits.max:
         raise ValueError(f"{name} holds ids outside {np.dtype(dtype).name}")
       out[:, row, : value.shape[1]] = value
@@ -228,10 +225,9 @@ def _token_batch(rows, mask_BT, config) -> batch_lib.Batch:
   largest = max(tokens_BT.max(), targets_BT.max())
   if largest >= config.vocab_size:
     raise ValueError(f"token {largest} exceeds vocab_size={config.vocab_size}")
-  places = [len(t.token_ids_N) - 1 for t in rows.trajectories]
   segments_BT = np.zeros(rows.shape, np.int32)
-  for row, count in enumerate(places):
-    segments_BT[row, :count] = 1
+  for row, part in rows.parts:
+    segments_BT[row, : len(part.token_ids_N) - 1] = 1
   position_T = np.arange(rows.shape[1], dtype=np.int32)
   return batch_lib.Batch(
     tokens_BT=tokens_BT,
@@ -246,9 +242,9 @@ def _pack_kept(rows, vocab_size) -> logprobs.KeptSets:
   """Ids if the largest set takes fewer bytes so, and bits many; else bits."""
   placed = [
     (row, place - 1, np.asarray(ids, np.int64))
-    for row, trajectory in enumerate(rows.trajectories)
-    for place, ids in enumerate(trajectory.kept or ())
-    if ids is not None and trajectory.written_N[place]
+    for row, part in rows.parts
+    for place, ids in enumerate(part.kept or ())
+    if ids is not None and part.written_N[place]
   ]
   if not placed:
     return logprobs.KeptSets()
@@ -307,6 +303,7 @@ def layouts(batch: ReplayBatch, mesh: jax.sharding.Mesh) -> ReplayBatch:
     ref_logp_BT=layout(batch.ref_logp_BT, *tokens),
     advantages_B=layout(batch.advantages_B, *rows),
     kl_weight_B=layout(batch.kl_weight_B, *rows),
+    trajectory_B=layout(batch.trajectory_B, *rows),
     num_sequences=layout(batch.num_sequences),
     kept=logprobs.KeptSets(*(layout(x, *tokens, None) for x in batch.kept)),
     experts_LBTA=layout(batch.experts_LBTA, None, *tokens, None),

@@ -9,6 +9,7 @@ from dsv32_jax.generation import programs
 from dsv32_jax.generation import requests
 from dsv32_jax.model import config as model_config
 from dsv32_jax.rl import config as learner_config
+from dsv32_jax.rl import episode_config
 from dsv32_jax.training import checkpoint as checkpoint_lib
 from dsv32_jax.training import optimizer as optimizer_lib
 from dsv32_jax.training import run as run_lib
@@ -22,7 +23,7 @@ class SamplerConfig:
 
   Attributes:
     engine: sizes of the generation engine.
-    max_tokens: of an answer.
+    max_tokens: of an answer, or of each reply of an episode.
     top_p: as in requests.SamplingParameters.
     top_k: likewise.
     min_p: likewise.
@@ -82,8 +83,9 @@ class RlConfig:
 
   Attributes:
     model: shape of the model; a checkpoint's own must agree with it.
-    tasks: what is asked.
-    reward: what is rewarded.
+    tasks: what is asked, where an answer is a single one.
+    episodes: what is played, where it is an episode; exactly one of the two.
+    reward: what is rewarded; of an episode, its outcome and length.
     learner: objective, replay, minibatches, reference.
     optimizer: AdamW and its schedule, over the optimiser's steps.
     sampler: how answers are drawn.
@@ -112,7 +114,6 @@ class RlConfig:
   """
 
   model: model_config.ModelConfig
-  tasks: tuple[mixture.TaskConfig, ...]
   learner: learner_config.LearnerConfig
   optimizer: optimizer_lib.OptimizerConfig
   sampler: SamplerConfig
@@ -120,6 +121,8 @@ class RlConfig:
   prompts: int
   group_size: int
   row_lengths: tuple[int, ...]
+  tasks: tuple[mixture.TaskConfig, ...] = ()
+  episodes: episode_config.EpisodesConfig | None = None
   max_staleness: int = 0
   weights_every: int = 1
   scoring_workers: int = 2
@@ -162,8 +165,14 @@ class RlConfig:
         f"checkpoint.keep_best={self.checkpoint.keep_best} must be 0: no loss"
         " on held-out text is measured here"
       )
+    if bool(self.tasks) == (self.episodes is not None):
+      raise ValueError(
+        f"tasks={self.tasks} and episodes: exactly one of them is to be given"
+      )
     self._check_hand_over()
     self._check_sizes()
+    if self.episodes is not None:
+      self._check_episodes()
 
   def _check_hand_over(self):
     if self.weights_every == 1:
@@ -204,6 +213,27 @@ class RlConfig:
       )
     # Raises where a parameter is out of range.
     self.sampler.parameters(temperature=self.learner.temperature, seed=0)
+
+  def _check_episodes(self):
+    window, room = self.episodes.limits.window, self.sampler.engine.max_length
+    if window > room:
+      raise ValueError(
+        f"episodes.limits.window={window} exceeds"
+        f" sampler.engine.max_length={room}"
+      )
+    most, rows = self.episodes.most_parts, self.rows // self.microbatches
+    if most > rows:
+      raise ValueError(
+        f"episodes.limits.context_changes="
+        f"{self.episodes.limits.context_changes} with"
+        f" when_full={self.episodes.when_full!r} may give {most} parts, more"
+        f" than the {rows} rows of a microbatch"
+      )
+    if self.reward != reward_lib.RewardConfig(length=self.reward.length):
+      raise ValueError(
+        "reward has fields for single answers: of episodes, reward.length alone"
+        " counts besides the outcome"
+      )
 
   @property
   def rows(self) -> int:

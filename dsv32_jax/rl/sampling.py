@@ -19,14 +19,13 @@ from dsv32_jax.data import tokenizer as tokenizer_lib
 from dsv32_jax.generation import engine as engine_lib
 from dsv32_jax.generation import requests
 from dsv32_jax.model import transformer
-from dsv32_jax.rl import replay
-from dsv32_jax.rl import rollout as rollout_lib
 from dsv32_jax.rl import run_config
+from dsv32_jax.rl import trajectory
 from dsv32_jax.verifiers import reward as reward_lib
 from dsv32_jax.verifiers import tasks
 
 # Seeds of what is drawn for training, and for evaluation.
-_TRAIN, _HELD_OUT = 0, 1
+TRAIN, HELD_OUT = 0, 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,16 +41,18 @@ class Rollout:
     shared: share of prompt tokens that were computed for an earlier answer.
     seconds: by phase.
     held_out: pass@1 of that policy by domain, where it was measured.
+    further: what else it was like.
   """
 
   number: int
   version: int
-  groups: Sequence[Sequence[replay.Trajectory]]
+  groups: Sequence[Sequence[trajectory.Trajectory]]
   rewards: Sequence[Sequence[reward_lib.Reward]]
   truncated: float
   shared: float
   seconds: dict[str, float]
   held_out: dict[str, float] | None = None
+  further: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def prompt_ids(
@@ -134,7 +135,7 @@ class Sampler:
       self._problems.problem(first + place) for place in range(config.prompts)
     ]
     seeds = [
-      _seed(config.seed, _TRAIN, first + place, answer)
+      seed_of(config.seed, TRAIN, first + place, answer)
       for place in range(config.prompts)
       for answer in range(config.group_size)
     ]
@@ -146,17 +147,17 @@ class Sampler:
     rewards = self._score(repeated, completions)
     scored = time.perf_counter()
     trajectories = [
-      rollout_lib.from_completion(completion, domain=problem.task)
+      trajectory.from_completion(completion, domain=problem.task)
       for problem, completion in zip(repeated, completions)
     ]
     cut = [one.finish_reason == "length" for one in completions]
     return Rollout(
       number=number,
       version=self._version,
-      groups=_grouped(trajectories, config.group_size),
-      rewards=_grouped(rewards, config.group_size),
+      groups=grouped(trajectories, config.group_size),
+      rewards=grouped(rewards, config.group_size),
       truncated=float(np.mean(cut)),
-      shared=_shared(before, self._engine.stats()),
+      shared=shared(before, self._engine.stats()),
       seconds={
         "evaluation": start - arrived,
         "sampling": drawn - start,
@@ -174,7 +175,7 @@ class Sampler:
     config = self._config
     problems = held_out_problems(config)
     seeds = [
-      _seed(config.evaluation.seed, _HELD_OUT, place, 0)
+      seed_of(config.evaluation.seed, HELD_OUT, place, 0)
       for place in range(len(problems))
     ]
     completions = self._answers(problems, seeds, record=False)
@@ -249,7 +250,7 @@ def held_out_problems(config: run_config.RlConfig) -> list[tasks.Problem]:
   ]
 
 
-def _shared(before, after) -> float:
+def shared(before, after) -> float:
   """Share of the prompt tokens between two counts that were not computed."""
   computed, shared = (
     after[name] - before[name] for name in ("prompt_tokens", "shared_tokens")
@@ -257,11 +258,12 @@ def _shared(before, after) -> float:
   return shared / (computed + shared)
 
 
-def _grouped(items, size: int):
+def grouped(items, size: int):
+  """Lists of so many items each, in their order."""
   return [items[place : place + size] for place in range(0, len(items), size)]
 
 
-def _seed(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
   """A seed of 63 bits that follows from the numbers."""
   (word,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
   return int(word >> np.uint64(1))

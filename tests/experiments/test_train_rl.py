@@ -39,10 +39,13 @@ def run_program(workdir, *flags):
   )
 
 
-@pytest.mark.parametrize("variant", ["tiny", "tiny_async", "small"])
+@pytest.mark.parametrize(
+  "variant",
+  ["tiny", "tiny_async", "small", "calculator", "calculator_async", "lookups"],
+)
 def test_configs_hold_runs(variant):
   config = config_files.build(run_config.RlConfig, rl.get_config(variant))
-  assert config.asynchronous == (variant == "tiny_async")
+  assert config.asynchronous == variant.endswith("_async")
 
 
 def test_the_671b_variant_is_a_run():

@@ -14,6 +14,7 @@ from dsv32_jax.rl import config as rl_config
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import learner
 from dsv32_jax.rl import rollout
+from dsv32_jax.rl import trajectory as trajectory_lib
 from tests.support import models
 
 # B batch, T tokens
@@ -54,7 +55,7 @@ def batch(model):
     for length in (12, 5)
     for answer in range(3)
   ]
-  answers = [rollout.from_completion(c) for c in engine.generate(asked)]
+  answers = [trajectory_lib.from_completion(c) for c in engine.generate(asked)]
   (packed,) = rollout.minibatches(
     [answers[:3], answers[3:]],
     [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]],

@@ -1,6 +1,7 @@
 """The GRPO objective against float64 numpy: value and gradient."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -264,3 +265,47 @@ def test_bad_shapes():
     grpo.grpo_loss(*arrays[:2], arrays[2][:, 1:], *arrays[3:], CONFIG)
   with pytest.raises(ValueError, match=r"must be \[P, G\]"):
     grpo.group_advantages(np.zeros(4))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.1])
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_of_a_trajectory_count_as_one_sequence(seed, threshold):
+  """The oracle sees each trajectory whole, the loss sees it cut up."""
+  config = dataclasses.replace(CONFIG, off_policy_threshold=threshold)
+  logp, old, ref, advantages, mask = example(seed)
+  # Trajectory 0 is cut in three, 1 in two, the others lie in one row. Only as a
+  # whole is 0 off-policy: its last part has not drifted.
+  logp[0, 6:] = old[0, 6:]
+  cuts = {0: (0, 3, 6, 9), 1: (0, 5, 9)}
+  pieces = [
+    (number, begin, end)
+    for number in range(6)
+    for begin, end in itertools.pairwise(cuts.get(number, (0, 9)))
+  ]
+  order = np.random.default_rng(seed).permutation(len(pieces))
+  pieces = [pieces[place] for place in order]
+
+  def cut(x):
+    rows = np.full((len(pieces), 9), np.nan)
+    for row, (number, begin, end) in enumerate(pieces):
+      rows[row, : end - begin] = x[number, begin:end]
+    return rows
+
+  trajectory = np.array([number for number, *_ in pieces])
+  value, gradient, metrics = value_and_gradient(
+    (
+      *map(cut, (logp, old, ref)),
+      advantages[trajectory],
+      np.nan_to_num(cut(mask)),
+    ),
+    config,
+    num_sequences=6,
+    trajectory_B=jnp.asarray(trajectory),
+  )
+  whole = logp, old, ref, advantages, mask
+  want, want_gradient = oracle(*whole, config)
+  tolerances.assert_close(value, want)
+  tolerances.assert_close(gradient, np.nan_to_num(cut(want_gradient)))
+  _, _, want_metrics = value_and_gradient(whole, config)
+  for name in want_metrics:
+    tolerances.assert_close(metrics[name], want_metrics[name])

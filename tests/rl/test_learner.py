@@ -120,7 +120,7 @@ def test_keep_routing_trains_the_sampled_experts_only(model):
     up_EDF = gradient["moe_layers"]["ffn"]["up"].get_value()[0]
     return set(np.flatnonzero(np.abs(up_EDF).max((1, 2)) > 0).tolist())
 
-  sampled = set(one.experts_LNA[0, -1].tolist())
+  sampled = set(one.parts[0].experts_LNA[0, -1].tolist())
   assert trained_experts(True) == sampled
   assert trained_experts(False) != sampled
 

@@ -12,15 +12,16 @@ from dsv32_jax.model import presets
 from dsv32_jax.rl import logprobs
 from dsv32_jax.rl import microbatches
 from dsv32_jax.rl import replay
+from dsv32_jax.rl import trajectory
 from tests.support import models
 from tests.support import tolerances
 
-# B batch, T tokens, N tokens of a trajectory, D width, V vocabulary
+# B batch, T tokens, N tokens of a part, D width, V vocabulary
 
 CONFIG = models.tiny_config()
 
 
-def trajectory(seed, length, prompt=3, kept_size=5, **changes):
+def part(seed, length, prompt=3, kept_size=5, **changes):
   generator = np.random.default_rng(seed)
   ids = generator.integers(0, CONFIG.vocab_size, length)
   written = np.arange(length) >= prompt
@@ -35,13 +36,13 @@ def trajectory(seed, length, prompt=3, kept_size=5, **changes):
     kept=kept,
     experts_LNA=generator.integers(0, CONFIG.num_experts, (2, length - 1, 3)),
   )
-  return replay.Trajectory(**(values | changes))
+  return trajectory.Part(**(values | changes))
 
 
-def packed(*trajectories, rows=4, lengths=(8, 16), config=CONFIG):
-  count = len(trajectories)
+def packed(*parts, rows=4, lengths=(8, 16), config=CONFIG):
+  count = len(parts)
   return replay.pack(
-    trajectories,
+    [trajectory.Trajectory(parts=(one,)) for one in parts],
     np.arange(count) - 1.0,
     np.arange(count) / 10,
     config,
@@ -58,7 +59,7 @@ def test_every_value_lies_where_its_token_is_drawn(
   vocab_size, kept_size, as_bits
 ):
   given = [
-    trajectory(seed, length, kept_size=kept_size)
+    part(seed, length, kept_size=kept_size)
     for seed, length in ((0, 9), (1, 14), (2, 5))
   ]
   config = dataclasses.replace(CONFIG, vocab_size=vocab_size)
@@ -95,12 +96,12 @@ def kept_ids(kept, row, place):
 
 
 def test_the_shortest_length_that_fits():
-  assert packed(trajectory(0, 9)).batch.tokens_BT.shape == (4, 8)
-  assert packed(trajectory(0, 10)).batch.tokens_BT.shape == (4, 16)
+  assert packed(part(0, 9)).batch.tokens_BT.shape == (4, 8)
+  assert packed(part(0, 10)).batch.tokens_BT.shape == (4, 16)
 
 
 def test_pieces_of_a_batch_hold_its_rows():
-  whole = packed(*(trajectory(seed, 9) for seed in range(4)))
+  whole = packed(*(part(seed, 9) for seed in range(4)))
   pieces = microbatches.cut(jax.tree.map(jnp.asarray, whole), 2)
   for piece in range(2):
     got = jax.tree.map(lambda x: x[piece], pieces)
@@ -122,7 +123,7 @@ def test_pieces_of_a_batch_hold_its_rows():
 def test_more_than_256_experts_take_two_bytes():
   config = dataclasses.replace(CONFIG, num_experts=512)
   experts = np.full((2, 8, 3), 511)
-  got = packed(trajectory(0, 9, experts_LNA=experts), config=config)
+  got = packed(part(0, 9, experts_LNA=experts), config=config)
   assert got.experts_LBTA.dtype == np.uint16
   assert got.experts_LBTA.max() == 511
 
@@ -130,7 +131,7 @@ def test_more_than_256_experts_take_two_bytes():
 def test_bytes_of_the_671b_model():
   config = presets.deepseek_v32_671b()
   layers, length = config.num_layers, 3
-  one = replay.Trajectory(
+  one = trajectory.Part(
     token_ids_N=np.arange(length),
     written_N=np.arange(length) > 0,
     logp_N=np.zeros(length),
@@ -164,21 +165,21 @@ def test_bytes_of_the_671b_model():
 )
 def test_bad_trajectories(change, message):
   with pytest.raises(ValueError, match=message):
-    trajectory(0, 9, **change)
+    part(0, 9, **change)
 
 
 def test_what_does_not_fit():
   with pytest.raises(ValueError, match="longest=19"):
-    packed(trajectory(0, 20))
+    packed(part(0, 20))
   with pytest.raises(ValueError, match="count=5"):
-    packed(*[trajectory(0, 9)] * 5)
+    packed(*[part(0, 9)] * 5)
   with pytest.raises(ValueError, match="some do not"):
-    packed(trajectory(0, 9), trajectory(0, 9, experts_LNA=None))
+    packed(part(0, 9), part(0, 9, experts_LNA=None))
   with pytest.raises(ValueError, match="outside uint8"):
-    packed(trajectory(0, 9, experts_LNA=np.full((2, 8, 3), 300)))
+    packed(part(0, 9, experts_LNA=np.full((2, 8, 3), 300)))
   with pytest.raises(ValueError, match="exceeds vocab_size"):
-    packed(trajectory(0, 9, token_ids_N=np.full(9, 61), kept=None))
-  unrecorded = packed(trajectory(0, 9, experts_LNA=None))
+    packed(part(0, 9, token_ids_N=np.full(9, 61), kept=None))
+  unrecorded = packed(part(0, 9, experts_LNA=None))
   with pytest.raises(ValueError, match="recorded no routing"):
     unrecorded.replayed(routing=True, selection=False)
   with pytest.raises(ValueError, match="recorded no selection"):

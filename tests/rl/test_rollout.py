@@ -11,8 +11,8 @@ from dsv32_jax.generation import requests
 from dsv32_jax.rl import config as rl_config
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import learner
-from dsv32_jax.rl import replay
 from dsv32_jax.rl import rollout
+from dsv32_jax.rl import trajectory as trajectory_lib
 from dsv32_jax.training import step as step_lib
 from tests.support import models
 from tests.support import rollouts
@@ -32,7 +32,7 @@ REWARDS = [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
 
 def trajectory(first, domain=""):
   """One that its first token names."""
-  return replay.Trajectory(
+  return rollouts.of_one_part(
     token_ids_N=np.array([first, 3, 4]),
     written_N=np.array([False, True, True]),
     logp_N=np.array([0.0, -1.0, -1.0]),
@@ -137,16 +137,19 @@ def completion(**changes):
 
 
 def test_a_completion_becomes_a_trajectory():
-  one = rollout.from_completion(completion(), domain="math")
+  whole = trajectory_lib.from_completion(completion(), domain="math")
+  (one,) = whole.parts
   assert one.token_ids_N.tolist() == [5, 6, 7, 8, 1]
   assert one.written_N.tolist() == [False, False, True, True, True]
   assert one.logp_N[2:].tolist() == [-0.1, -0.2, -0.3]
   assert one.kept[2].tolist() == [7, 9] and one.kept[3] is None
-  assert one.domain == "math" and one.experts_LNA.shape == (2, 4, 3)
-  plain = rollout.from_completion(completion(kept=(None,) * 3))
-  assert plain.kept is None
+  assert whole.domain == "math" and one.experts_LNA.shape == (2, 4, 3)
+  plain = trajectory_lib.from_completion(completion(kept=(None,) * 3))
+  assert plain.parts[0].kept is None
   with pytest.raises(ValueError, match="'a' drew no token"):
-    rollout.from_completion(completion(token_ids=(), logprobs=(), kept=()))
+    trajectory_lib.from_completion(
+      completion(token_ids=(), logprobs=(), kept=())
+    )
 
 
 @pytest.mark.slow
@@ -172,7 +175,8 @@ def test_a_policy_learns_what_is_rewarded():
       policy, rows=16, length=rollouts.PROMPT + 3, top_p=0.95, seed=turn
     )
     rewards = [
-      np.mean(one.token_ids_N[rollouts.PROMPT :] < 30) for one in answers
+      np.mean(one.parts[0].token_ids_N[rollouts.PROMPT :] < 30)
+      for one in answers
     ]
     mean_rewards.append(np.mean(rewards))
     batches = rollout.minibatches(

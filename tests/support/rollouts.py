@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.rl import replay
+from dsv32_jax.rl import trajectory
 from tests.support import models
 
 # B batch, T tokens, V vocabulary
@@ -78,7 +79,7 @@ def rollout(model, *, rows=4, length=13, top_p=1.0, temperature=1.0, seed=0):
   _, experts_LBTA, words_LBTW = run(tokens_BT)
   selection_LBTS = selected_keys(words_LBTW, model.config.index_top_k)
   return [
-    replay.Trajectory(
+    of_one_part(
       token_ids_N=tokens_BT[row],
       written_N=np.arange(length) >= PROMPT,
       logp_N=logp_BT[row],
@@ -88,6 +89,13 @@ def rollout(model, *, rows=4, length=13, top_p=1.0, temperature=1.0, seed=0):
     )
     for row in range(rows)
   ]
+
+
+def of_one_part(*, domain="", **fields):
+  """A trajectory whose context only grew."""
+  return trajectory.Trajectory(
+    parts=(trajectory.Part(**fields),), domain=domain
+  )
 
 
 def pack(trajectories, config, *, advantages=None, kl_weight=0.05, rows=None):
@@ -101,5 +109,5 @@ def pack(trajectories, config, *, advantages=None, kl_weight=0.05, rows=None):
     [kl_weight] * count,
     config,
     num_rows=rows or count,
-    lengths=(len(trajectories[0].token_ids_N) - 1,),
+    lengths=(len(trajectories[0].parts[0].token_ids_N) - 1,),
   )

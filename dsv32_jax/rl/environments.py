@@ -1,0 +1,223 @@
+"""Tasks that are episodes in environments, numbered as problems are.
+
+A task follows from the seed and its number alone. What is held out is decided
+by a hash of a task's content, as of `verifiers.tasks`: no choice of seed puts
+a held-out task into training.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import pathlib
+import random
+from typing import Any, Literal
+
+from dsv32_jax.agents.environments import calculator
+from dsv32_jax.agents.environments import general
+from dsv32_jax.agents.environments import protocol
+from dsv32_jax.agents.synthesis.general import campaign
+from dsv32_jax.agents.synthesis.general import lookups
+from dsv32_jax.verifiers.tasks import arithmetic
+from dsv32_jax.verifiers.tasks import problem as problem_lib
+
+Split = Literal["train", "held_out"]
+# Draws in a row that bring nothing of the split, or nothing new.
+_PATIENCE = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnvironmentConfig:
+  """One kind of environment of a mixture.
+
+  Attributes:
+    kind: "calculator" (arithmetic with a tool for each step), "lookups" (small
+      general environments, drawn as they are needed) or "general" (those that
+      experiments.synthesize wrote).
+    size: numbers in a calculator's expression.
+    largest: of these.
+    domains: of the look-ups, or of the general ones to be used; () for all.
+    path: folder of the synthesis with the general ones.
+    weight: share of the tasks, relative to the other kinds.
+  """
+
+  kind: Literal["calculator", "lookups", "general"]
+  size: int = 3
+  largest: int = 20
+  domains: tuple[str, ...] = ()
+  path: str = ""
+  weight: float = 1.0
+
+  def __post_init__(self):
+    if not 0 < self.weight < math.inf:
+      raise ValueError(f"weight={self.weight} of {self.kind} must be positive")
+    if (self.kind == "general") != bool(self.path):
+      raise ValueError(
+        f"path={self.path!r} of kind={self.kind!r}: general environments have"
+        " one, and no others"
+      )
+    if self.kind == "calculator":
+      arithmetic.Arithmetic(terms=self.size, largest=self.largest)
+    unknown = set(self.domains) - set(lookups.DOMAINS)
+    if self.kind == "lookups" and unknown:
+      raise ValueError(
+        f"domains={self.domains} must be of {', '.join(lookups.DOMAINS)}"
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpisodeTask:
+  """What an episode is about.
+
+  Attributes:
+    id: the same for the same content.
+    domain: for KL weights and metrics.
+    make: gives the environment of one episode.
+    solve: gives the calls, name and arguments each, that earn the reward.
+  """
+
+  id: str
+  domain: str
+  make: Callable[[], protocol.Environment]
+  solve: Callable[[], list[tuple[str, dict[str, Any]]]]
+
+
+class Tasks:
+  """Tasks of one split by their numbers."""
+
+  def __init__(
+    self, configs: Sequence[EnvironmentConfig], *, split: Split, seed: int
+  ):
+    """Opens what is read from folders.
+
+    Raises:
+      ValueError: if there is no environment, or a folder has none.
+    """
+    if not configs:
+      raise ValueError("episodes.environments is empty")
+    self._draws = [_DRAW[config.kind](config) for config in configs]
+    self._weights = [config.weight for config in configs]
+    self._kinds = [config.kind for config in configs]
+    self._held_out = split == "held_out"
+    self._seed = seed
+
+  def task(self, number: int) -> EpisodeTask:
+    """The task of a number, the same whenever it is asked for.
+
+    Raises:
+      ValueError: if the environment drawn has no task of this split.
+    """
+    generator = random.Random(f"{self._seed}/{number}")
+    (place,) = generator.choices(range(len(self._draws)), self._weights)
+    return self._drawn(place, generator)
+
+  def different(self, count: int) -> list[EpisodeTask]:
+    """So many different tasks of each environment, or all that it has."""
+    found = []
+    for place in range(len(self._draws)):
+      generator = random.Random(f"{self._seed}/{place}/different")
+      mine: dict[str, EpisodeTask] = {}
+      for _ in range(100 * count):
+        if len(mine) == count:
+          break
+        task = self._drawn(place, generator)
+        mine.setdefault(task.id, task)
+      found += mine.values()
+    return found
+
+  def _drawn(self, place, generator) -> EpisodeTask:
+    for _ in range(_PATIENCE):
+      task = self._draws[place](generator)
+      if is_held_out(task) == self._held_out:
+        return task
+    raise ValueError(
+      f"{self._kinds[place]} has no task with held_out={self._held_out}"
+    )
+
+
+def is_held_out(task: EpisodeTask) -> bool:
+  """Tells whether a task is for evaluation only: one in eight is."""
+  # The environment alone, of a general one: tasks of one share their data.
+  content = task.id.partition("/")[0]
+  number = int.from_bytes(
+    hashlib.blake2b(content.encode(), digest_size=8).digest()
+  )
+  return number % problem_lib.HELD_OUT_SHARE == 0
+
+
+def _calculator(config):
+  task = arithmetic.Arithmetic(terms=config.size, largest=config.largest)
+
+  def draw(generator):
+    return _calculator_task(task.draw(generator))
+
+  return draw
+
+
+def _calculator_task(problem: problem_lib.Problem) -> EpisodeTask:
+  ask = problem.question.removesuffix(problem_lib.INSTRUCTION).strip()
+  one = calculator.CalculatorTask(
+    id=f"calculator {problem.content}",
+    question=f"{ask} Calculate step by step, then submit.",
+    answer=int(problem.answer),
+  )
+
+  def solve():
+    steps = [x.partition(" = ")[0] for x in problem.reasoning.splitlines()]
+    calls = [("calculate", {"step": step}) for step in steps]
+    return [*calls, ("submit", {"answer": one.answer})]
+
+  return EpisodeTask(
+    id=one.id,
+    domain="calculator",
+    make=lambda: calculator.CalculatorEnvironment(one),
+    solve=solve,
+  )
+
+
+def _lookups(config):
+  names = config.domains or tuple(lookups.DOMAINS)
+
+  def draw(generator):
+    record = lookups.draw(generator.choice(names), generator)
+    return _general_task(record, record["tasks"][0])
+
+  return draw
+
+
+def _general(config):
+  path = pathlib.Path(config.path) / campaign.ENVIRONMENTS_FILE
+  records = [
+    record
+    for record in campaign.read(path)
+    if not config.domains or record["domain"] in config.domains
+  ]
+  if not records:
+    raise ValueError(f"{path} has no environment of domains={config.domains}")
+
+  def draw(generator):
+    record = generator.choice(records)
+    return _general_task(record, generator.choice(record["tasks"]))
+
+  return draw
+
+
+def _general_task(record, task) -> EpisodeTask:
+  statement = hashlib.sha256(
+    json.dumps([task["statement"], task["solution"]]).encode()
+  ).hexdigest()
+  return EpisodeTask(
+    id=f"{record['fingerprint']}/{statement[:16]}",
+    domain=record["domain"],
+    make=functools.partial(general.GeneralEnvironment, record, task),
+    solve=functools.partial(lookups.solution_calls, record, task),
+  )
+
+
+_DRAW: dict[str, Callable[..., Callable[[random.Random], EpisodeTask]]] = {
+  "calculator": _calculator,
+  "lookups": _lookups,
+  "general": _general,
+}

@@ -1,0 +1,308 @@
+"""Rollouts of episodes: tasks, rewards, and runs that stop and go on."""
+
+import asyncio
+import dataclasses
+import itertools
+import json
+import os
+import random
+import signal
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from dsv32_jax import sharding
+from dsv32_jax.agents import cold_start
+from dsv32_jax.agents import conversation as conversations
+from dsv32_jax.agents import loop as agent_loop
+from dsv32_jax.agents.environments import calculator
+from dsv32_jax.agents.environments import general
+from dsv32_jax.agents.environments import protocol
+from dsv32_jax.agents.synthesis.general import lookups
+from dsv32_jax.data import pieces
+from dsv32_jax.data import tokenizer as tokenizers
+from dsv32_jax.rl import environments
+from dsv32_jax.rl import episode_config
+from dsv32_jax.rl import episodes
+from dsv32_jax.rl import loop
+from dsv32_jax.rl import policy as policy_lib
+from dsv32_jax.rl import seeds
+from dsv32_jax.training import metrics
+from dsv32_jax.training import run
+from dsv32_jax.verifiers import length
+from dsv32_jax.verifiers import reward
+from tests.support import rl_runs
+from tests.support import stage_steps
+
+CALCULATOR = environments.EnvironmentConfig(
+  kind="calculator", size=2, largest=9
+)
+LOOKUPS = environments.EnvironmentConfig(kind="lookups")
+EPISODES = episode_config.EpisodesConfig(
+  environments=(CALCULATOR, LOOKUPS),
+  limits=agent_loop.EpisodeLimits(turns=4, window=400),
+  thinking_mode="chat",
+  tool_descriptions="signatures",
+)
+
+
+def tasks_of(config, split="train", seed=0):
+  return environments.Tasks(config.environments, split=split, seed=seed)
+
+
+def test_a_task_follows_from_seed_and_number():
+  first, again = (tasks_of(EPISODES) for _ in range(2))
+  ids = [first.task(number).id for number in range(40)]
+  assert ids == [again.task(number).id for number in reversed(range(40))][::-1]
+  other = tasks_of(EPISODES, seed=1)
+  assert ids != [other.task(number).id for number in range(40)]
+  domains = {first.task(number).domain for number in range(40)}
+  assert "calculator" in domains and len(domains) > 3
+
+
+def test_no_task_is_in_both_splits():
+  train, held_out = (
+    {x.id for x in tasks_of(EPISODES, split, seed).different(30)}
+    for split, seed in (("train", 0), ("held_out", 3))
+  )
+  # Small sums are soon all there.
+  assert len(held_out) > 30 and not train & held_out
+
+
+def test_general_environments_are_held_out_whole(tmp_path):
+  rng, names = random.Random(0), itertools.cycle(lookups.DOMAINS)
+  records = [lookups.draw(next(names), rng) for _ in range(40)]
+  path = tmp_path / "environments.jsonl"
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  config = environments.EnvironmentConfig(kind="general", path=str(tmp_path))
+  train, held_out = (
+    {
+      one.id.partition("/")[0]
+      for one in environments.Tasks((config,), split=split, seed=0).different(9)
+    }
+    for split in ("train", "held_out")
+  )
+  assert train and held_out and not train & held_out
+  some = dataclasses.replace(config, domains=("no such",))
+  with pytest.raises(ValueError, match="has no environment of domains"):
+    environments.Tasks((some,), split="train", seed=0)
+
+
+@pytest.mark.parametrize("domain", list(lookups.DOMAINS))
+def test_look_ups_accept_their_solution_and_nothing_else(domain):
+  rng = random.Random(domain)
+  for _ in range(12):
+    record = lookups.draw(domain, rng)
+    (task,) = record["tasks"]
+    calls = lookups.solution_calls(record, task)
+    environment = general.GeneralEnvironment(record, task)
+    environment.begin()
+    for name, arguments in calls:
+      assert environment.reward() == 0
+      step = environment.call(name, arguments)
+    assert step.done and environment.reward() == 1
+    answer = json.loads(calls[-1][1]["answer_text"])["answer"]
+    wrong = answer + 1 if isinstance(answer, int | float) else answer + "s"
+    assert not environment.accepts(json.dumps({"answer": wrong}))
+    environment.connection.close()
+
+
+@pytest.mark.parametrize(
+  "step, result",
+  [
+    ("3 * -4", "-12"),
+    (" 7+5 ", "12"),
+    ("1000000000000 * 2", "error: it is too large"),
+    ("3 * 4 * 5", "error: the step must be two integers"),
+    ("__import__('os')", "error: the step must be two integers"),
+    ("9" * 14 + " + 1", "error: the step must be two integers"),
+  ],
+)
+def test_a_calculator_does_one_step(step, result):
+  assert calculator.result_of(step).startswith(result)
+
+
+def test_a_calculators_episode_can_be_put_back():
+  task = calculator.CalculatorTask(id="a", question="2 + 3?", answer=5)
+
+  async def play():
+    environment = calculator.CalculatorEnvironment(task, max_steps=3)
+    await environment.reset()
+    call = protocol.ToolCall(name="calculate", arguments={"step": "2 + 3"})
+    assert (await environment.step(call)).observation == "5"
+    saved = environment.snapshot()
+    wrong = protocol.ToolCall(name="submit", arguments={"answer": 4})
+    assert (await environment.step(wrong)).done
+    assert await environment.verify() == 0
+    await environment.restore(saved)
+    right = protocol.ToolCall(name="submit", arguments={"answer": 5})
+    assert (await environment.step(right)).done
+    return await environment.verify()
+
+  assert asyncio.run(play()) == 1
+
+
+def test_seeds_are_the_tokens_that_a_sampler_would_see():
+  """The examples' tokens equal a conversation's, reply by reply."""
+  texts = list(seeds.texts(EPISODES, seed=0, count=30))
+  tokenizer = tokenizers.train(texts, 400)
+  tasks = [tasks_of(EPISODES).task(number) for number in range(12)]
+  for result in seeds.solved(EPISODES, tasks):
+    conversation = conversations.Conversation(tokenizer, "chat")
+    for message in result.messages[:-1]:
+      conversation.add(message, written=message["role"] == "assistant")
+    (part,) = conversation.parts()
+    given = json.dumps(cold_start.pieces(result.messages, "chat"))
+    token_ids, learnt = [], []
+    for piece, learn in pieces.read(given, tokenizer):
+      ids = tokenizer.encode(piece) if isinstance(piece, str) else [piece]
+      token_ids += ids
+      learnt += [learn] * len(ids)
+    assert list(part.token_ids) == token_ids
+    assert list(part.written) == learnt
+    assert result.reward == 1 and result.num_bad_calls == 0
+
+
+def episode(value, *, finish="done", tokens=10):
+  result = agent_loop.EpisodeResult(
+    id="a", reward=value, finish=finish, num_written_tokens=tokens
+  )
+  return agent_loop.Episode(result=result, conversation=None)
+
+
+def test_a_crash_moves_no_advantage():
+  penalty = length.LengthPenalty(free_tokens=0, max_tokens=100, weight=1.0)
+  sampler = object.__new__(episodes.Sampler)
+  sampler._config = rl_runs.config(reward=reward.RewardConfig(length=penalty))
+  group = [episode(1.0), episode(0.0, finish="crashed"), episode(0.0, tokens=5)]
+  values = [one.value for one in sampler._rewards(group)]
+  np.testing.assert_allclose(values, [0.9, 0.425, -0.05])
+  np.testing.assert_allclose(np.mean(values), np.mean([values[0], values[2]]))
+  crashed = [episode(0.0, finish="crashed")] * 2
+  assert [one.value for one in sampler._rewards(crashed)] == [0.0, 0.0]
+
+
+def small_run(**changes):
+  defaults = dict(
+    tasks=(),
+    episodes=dataclasses.replace(
+      EPISODES,
+      environments=(CALCULATOR,),
+      thinking_mode="thinking",
+      limits=agent_loop.EpisodeLimits(
+        turns=3, window=96, turn_tokens=12, context_changes=3
+      ),
+      when_full="discard_all",
+    ),
+    reward=reward.RewardConfig(
+      length=length.LengthPenalty(free_tokens=0, max_tokens=40)
+    ),
+    rollouts=4,
+  )
+  return rl_runs.config(**(defaults | changes))
+
+
+def short_replies(config, tokenizer):
+  """A fresh model ends its replies once in a while, if it has few tokens."""
+  kept = [tokenizer.eos_id, *(tokenizer.encode(x)[0] for x in "abcd")]
+  return tuple(set(range(config.model.vocab_size)) - set(kept))
+
+
+@pytest.fixture
+def fresh_models_play(monkeypatch):
+  make_mesh = sharding.make_mesh
+  monkeypatch.setattr(
+    sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1])
+  )
+  monkeypatch.setattr(episodes, "banned_ids", short_replies)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_of_episodes_that_stopped_goes_on_bitwise(
+  tmp_path, monkeypatch, fresh_models_play
+):
+  config = small_run()
+  whole = loop.train(config, str(tmp_path / "whole"))
+  learn, calls = policy_lib.Policy.learn, itertools.count(1)
+
+  def counted(self, rollout):
+    if next(calls) == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return learn(self, rollout)
+
+  monkeypatch.setattr(policy_lib.Policy, "learn", counted)
+  with pytest.raises(run.Stopped, match="rollout 2 of 4"):
+    loop.train(config, str(tmp_path / "parts"))
+  again = loop.train(config, str(tmp_path / "parts"))
+  one, other = (
+    (tmp_path / name / "metrics.jsonl").read_bytes()
+    for name in ("whole", "parts")
+  )
+  assert one == other
+  want, got = (
+    stage_steps.flat(nnx.state(policy.model())) for policy in (whole, again)
+  )
+  for path, value in want.items():
+    np.testing.assert_array_equal(got[path], value, err_msg=str(path))
+  rows = metrics.read_rows(tmp_path / "whole" / "metrics.jsonl")
+  rows = [row for row in rows if row["name"] == "train"]
+  assert [row["step"] for row in rows] == [1, 2, 3, 4]
+  # Several turns, contexts that were cut, and something to learn from them.
+  assert max(row["turns"] for row in rows) > 1.5
+  assert max(row["parts"] for row in rows) > 1
+  assert all(row["steps"] and row["gradient_norm"] > 0 for row in rows)
+  # The policy drew with the weights that learn: the first step is on policy.
+  assert all(abs(row["log_old_over_new"]) < 0.05 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_episodes_side_by_side_with_learning(tmp_path, fresh_models_play):
+  config = small_run(max_staleness=1, rollouts=3, evaluation=None)
+  policy = loop.train(config, str(tmp_path))
+  assert policy.version == 3
+  rows = metrics.read_rows(tmp_path / "metrics.jsonl")
+  assert [row["step"] for row in rows] == [1, 2, 3]
+  assert all(row["staleness"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(episodes=None), "exactly one of them"),
+    (dict(tasks=rl_runs.config().tasks), "exactly one of them"),
+    (dict(reward=reward.RewardConfig(format_weight=1.0)), r"reward\.length"),
+    (dict(microbatches=2), "may give 4 parts, more than the 3 rows"),
+    (
+      dict(episodes=EPISODES),
+      r"limits\.window=400 exceeds sampler\.engine\.max_length=96",
+    ),
+  ],
+)
+def test_bad_runs(change, message):
+  with pytest.raises(ValueError, match=message):
+    small_run(**change)
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (dict(kind="general"), "path=''"),
+    (dict(kind="calculator", path="x"), "path='x'"),
+    (dict(kind="lookups", domains=("no",)), r"domains=\('no',\) must be of"),
+    (dict(kind="calculator", size=1), "terms=1"),
+    (dict(kind="calculator", weight=0.0), "weight=0.0"),
+  ],
+)
+def test_bad_environments(fields, message):
+  with pytest.raises(ValueError, match=message):
+    environments.EnvironmentConfig(**fields)
+
+
+def test_solutions_do_not_think():
+  config = dataclasses.replace(EPISODES, thinking_mode="thinking")
+  with pytest.raises(ValueError, match="solutions hold no thinking"):
+    next(seeds.solved(config, []))
