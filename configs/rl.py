@@ -16,14 +16,12 @@ experiments.learned makes a start. The stabilisers are switches:
 
 import dataclasses
 
-from dsv32_jax.agents import loop
-from dsv32_jax.agents.synthesis.general import lookups
+from dsv32_jax.agents import limits
 from dsv32_jax.data import tokenizer
 from dsv32_jax.generation import programs
 from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import presets
 from dsv32_jax.rl import config as learner_config
-from dsv32_jax.rl import environments
 from dsv32_jax.rl import episode_config
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import run_config
@@ -109,8 +107,8 @@ def tiny(**changes) -> run_config.RlConfig:
 
 
 # Families of environments that nothing is trained on.
-UNSEEN = tuple(lookups.DOMAINS)[-3:]
-SEEN = tuple(lookups.DOMAINS)[:-3]
+UNSEEN = episode_config.LOOKUP_DOMAINS[-3:]
+SEEN = episode_config.LOOKUP_DOMAINS[:-3]
 
 
 def agent_model(vocab_size: int, window: int) -> config_lib.ModelConfig:
@@ -127,7 +125,7 @@ def agent_model(vocab_size: int, window: int) -> config_lib.ModelConfig:
 
 
 def episodes(
-  environment: environments.EnvironmentConfig,
+  environment: episode_config.EnvironmentConfig,
   *,
   vocab_size: int,
   window: int,
@@ -138,7 +136,7 @@ def episodes(
     tasks=(),
     episodes=episode_config.EpisodesConfig(
       environments=(environment,),
-      limits=loop.EpisodeLimits(turns=5, window=window, turn_tokens=96),
+      limits=limits.EpisodeLimits(turns=5, window=window, turn_tokens=96),
       thinking_mode="chat",
       tool_descriptions="signatures",
     ),
@@ -156,13 +154,13 @@ def episodes(
 
 def calculator(**changes) -> run_config.RlConfig:
   """Arithmetic, each step by a tool."""
-  one = environments.EnvironmentConfig(kind="calculator", size=3, largest=20)
+  one = episode_config.EnvironmentConfig(kind="calculator", size=3, largest=20)
   return episodes(one, vocab_size=384, window=256, **changes)
 
 
 def look_ups(**changes) -> run_config.RlConfig:
   """Small general environments; three families of them are kept out."""
-  one = environments.EnvironmentConfig(kind="lookups", domains=SEEN)
+  one = episode_config.EnvironmentConfig(kind="lookups", domains=SEEN)
   return episodes(one, vocab_size=512, window=448, **changes)
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import pathlib
 import random
 from typing import Any, Literal
@@ -20,51 +19,13 @@ from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.synthesis.general import campaign
 from dsv32_jax.agents.synthesis.general import lookups
+from dsv32_jax.rl import episode_config
 from dsv32_jax.verifiers.tasks import arithmetic
 from dsv32_jax.verifiers.tasks import problem as problem_lib
 
 Split = Literal["train", "held_out"]
 # Draws in a row that bring nothing of the split, or nothing new.
 _PATIENCE = 10_000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EnvironmentConfig:
-  """One kind of environment of a mixture.
-
-  Attributes:
-    kind: "calculator" (arithmetic with a tool for each step), "lookups" (small
-      general environments, drawn as they are needed) or "general" (those that
-      experiments.synthesize wrote).
-    size: numbers in a calculator's expression.
-    largest: of these.
-    domains: of the look-ups, or of the general ones to be used; () for all.
-    path: folder of the synthesis with the general ones.
-    weight: share of the tasks, relative to the other kinds.
-  """
-
-  kind: Literal["calculator", "lookups", "general"]
-  size: int = 3
-  largest: int = 20
-  domains: tuple[str, ...] = ()
-  path: str = ""
-  weight: float = 1.0
-
-  def __post_init__(self):
-    if not 0 < self.weight < math.inf:
-      raise ValueError(f"weight={self.weight} of {self.kind} must be positive")
-    if (self.kind == "general") != bool(self.path):
-      raise ValueError(
-        f"path={self.path!r} of kind={self.kind!r}: general environments have"
-        " one, and no others"
-      )
-    if self.kind == "calculator":
-      arithmetic.Arithmetic(terms=self.size, largest=self.largest)
-    unknown = set(self.domains) - set(lookups.DOMAINS)
-    if self.kind == "lookups" and unknown:
-      raise ValueError(
-        f"domains={self.domains} must be of {', '.join(lookups.DOMAINS)}"
-      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +49,11 @@ class Tasks:
   """Tasks of one split by their numbers."""
 
   def __init__(
-    self, configs: Sequence[EnvironmentConfig], *, split: Split, seed: int
+    self,
+    configs: Sequence[episode_config.EnvironmentConfig],
+    *,
+    split: Split,
+    seed: int,
   ):
     """Opens what is read from folders.
 

@@ -1,13 +1,54 @@
-"""How episodes are played: environments, limits, tools, context."""
+"""What episodes a run plays, and how: environments, limits, tools, context."""
 
 import dataclasses
+import math
 from typing import Literal
 
-from dsv32_jax.agents import context
-from dsv32_jax.agents import loop
-from dsv32_jax.agents import policy as policies
-from dsv32_jax.agents import tools
-from dsv32_jax.rl import environments
+from dsv32_jax.agents import limits
+from dsv32_jax.agents.synthesis.general import domains
+from dsv32_jax.verifiers.tasks import arithmetic
+
+# One with a fixed toolset has too many tools for look-ups.
+LOOKUP_DOMAINS = tuple(one.name for one in domains.DOMAINS if not one.fixed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnvironmentConfig:
+  """One kind of environment of a mixture.
+
+  Attributes:
+    kind: "calculator" (arithmetic with a tool for each step), "lookups" (small
+      general environments, drawn as they are needed) or "general" (those that
+      experiments.synthesize wrote).
+    size: numbers in a calculator's expression.
+    largest: of these.
+    domains: of the look-ups, or of the general ones to be used; () for all.
+    path: folder of the synthesis with the general ones.
+    weight: share of the tasks, relative to the other kinds.
+  """
+
+  kind: Literal["calculator", "lookups", "general"]
+  size: int = 3
+  largest: int = 20
+  domains: tuple[str, ...] = ()
+  path: str = ""
+  weight: float = 1.0
+
+  def __post_init__(self):
+    if not 0 < self.weight < math.inf:
+      raise ValueError(f"weight={self.weight} of {self.kind} must be positive")
+    if (self.kind == "general") != bool(self.path):
+      raise ValueError(
+        f"path={self.path!r} of kind={self.kind!r}: general environments have"
+        " one, and no others"
+      )
+    if self.kind == "calculator":
+      arithmetic.Arithmetic(terms=self.size, largest=self.largest)
+    unknown = set(self.domains) - set(LOOKUP_DOMAINS)
+    if self.kind == "lookups" and unknown:
+      raise ValueError(
+        f"domains={self.domains} must be of {', '.join(LOOKUP_DOMAINS)}"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +67,8 @@ class EpisodesConfig:
     concurrency: episodes at a time.
   """
 
-  environments: tuple[environments.EnvironmentConfig, ...]
-  limits: loop.EpisodeLimits
+  environments: tuple[EnvironmentConfig, ...]
+  limits: limits.EpisodeLimits
   thinking_mode: Literal["chat", "thinking"] = "thinking"
   system_prompt: str = ""
   tool_descriptions: Literal["schemas", "signatures"] = "schemas"
@@ -45,29 +86,3 @@ class EpisodesConfig:
     """Parts that a trajectory has at most."""
     each = {"none": 0, "summary": 2}.get(self.when_full, 1)
     return 1 + each * self.limits.context_changes
-
-  def manager(self) -> loop.ContextManager | None:
-    """What makes room in a conversation."""
-    managers = {
-      "none": None,
-      "summary": context.Summary(max_tokens=self.limits.turn_tokens),
-      "discard_75": context.DISCARD_75,
-      "discard_all": context.DISCARD_ALL,
-    }
-    return managers[self.when_full]
-
-  async def play(
-    self, policy: policies.Policy, task: environments.EpisodeTask
-  ) -> loop.Episode:
-    """Runs one episode of a task."""
-    described = {"schemas": None, "signatures": tools.signatures}
-    return await loop.run_episode(
-      policy,
-      task.make,
-      episode_id=task.id,
-      limits=self.limits,
-      thinking_mode=self.thinking_mode,
-      system_prompt=self.system_prompt,
-      describe=described[self.tool_descriptions],
-      manage_context=self.manager(),
-    )

@@ -14,16 +14,45 @@ import time
 import jax
 import numpy as np
 
+from dsv32_jax.agents import context
 from dsv32_jax.agents import loop
+from dsv32_jax.agents import policy as policies
+from dsv32_jax.agents import tools
 from dsv32_jax.data import tokenizer as tokenizer_lib
 from dsv32_jax.generation import engine as engine_lib
 from dsv32_jax.generation import local_policy
 from dsv32_jax.generation.server import runner as runner_lib
 from dsv32_jax.model import transformer
 from dsv32_jax.rl import environments
+from dsv32_jax.rl import episode_config
 from dsv32_jax.rl import sampling
 from dsv32_jax.rl import trajectory
 from dsv32_jax.verifiers import reward as reward_lib
+
+
+async def play(
+  config: episode_config.EpisodesConfig,
+  policy: policies.Policy,
+  task: environments.EpisodeTask,
+) -> loop.Episode:
+  """Runs one episode of a task."""
+  managers = {
+    "none": None,
+    "summary": context.Summary(max_tokens=config.limits.turn_tokens),
+    "discard_75": context.DISCARD_75,
+    "discard_all": context.DISCARD_ALL,
+  }
+  described = {"schemas": None, "signatures": tools.signatures}
+  return await loop.run_episode(
+    policy,
+    task.make,
+    episode_id=task.id,
+    limits=config.limits,
+    thinking_mode=config.thinking_mode,
+    system_prompt=config.system_prompt,
+    describe=described[config.tool_descriptions],
+    manage_context=managers[config.when_full],
+  )
 
 
 class _OnMesh:
@@ -169,7 +198,7 @@ class Sampler:
         want_selection=record and learner.replay_selection,
       )
       async with room:
-        return await config.episodes.play(policy, task)
+        return await play(config.episodes, policy, task)
 
     async def everything():
       async with asyncio.TaskGroup() as group:

@@ -11,13 +11,13 @@ from dsv32_jax import sharding
 from dsv32_jax.data import tokenizer as tokenizer_lib
 from dsv32_jax.model import fresh
 from dsv32_jax.model import transformer
+from dsv32_jax.rl import demonstrations
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import learner
 from dsv32_jax.rl import replay
 from dsv32_jax.rl import rollout as rollout_lib
 from dsv32_jax.rl import run_config
 from dsv32_jax.rl import sampling
-from dsv32_jax.rl import seeds
 from dsv32_jax.training import checkpoint as checkpoint_lib
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import optimizer as optimizer_lib
@@ -248,7 +248,7 @@ def make_tokenizer(config: run_config.RlConfig) -> tokenizer_lib.Tokenizer:
     return tokenizer_lib.load(config.tokenizer.path)
   texts = []
   if config.episodes is not None:
-    texts += seeds.texts(
+    texts += demonstrations.texts(
       config.episodes, seed=config.seed, count=_TOKENIZER_PROBLEMS
     )
   for task in config.tasks:

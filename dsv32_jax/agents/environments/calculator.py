@@ -6,8 +6,10 @@ import operator
 import re
 from typing import Any
 
+from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import checked
 from dsv32_jax.agents.environments import protocol
+from dsv32_jax.agents.synthesis.general import tasks
 
 MAX_STEPS = 20
 # Beyond it a product of products would grow without end.
@@ -16,31 +18,19 @@ _SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _STEP = re.compile(r"\s*(-?[0-9]{1,13})\s*([-+*])\s*(-?[0-9]{1,13})\s*")
 
 
-def _tool(name, description, **properties):
-  return protocol.ToolSchema(
-    name=name,
-    description=description,
-    parameters={
-      "type": "object",
-      "properties": properties,
-      "required": list(properties),
-      "additionalProperties": False,
-    },
-  )
-
-
 TOOLS = (
-  _tool(
-    "calculate",
-    "Tells what two integers give, such as 3 * -4.",
-    step={"type": "string"},
+  protocol.ToolSchema(
+    name="calculate",
+    description="Tells what two integers give, such as 3 * -4.",
+    parameters=tasks.object_schema({"step": {"type": "string"}}),
   ),
-  _tool(
-    "submit",
-    "Submits the answer and ends the task.",
-    answer={"type": "integer"},
+  protocol.ToolSchema(
+    name="submit",
+    description="Submits the answer and ends the task.",
+    parameters=tasks.object_schema({"answer": {"type": "integer"}}),
   ),
 )
+_CHECKER = tools.CallChecker(TOOLS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +47,8 @@ class CalculatorEnvironment(checked.CheckedEnvironment):
 
   def __init__(self, task: CalculatorTask, *, max_steps: int = MAX_STEPS):
     """Takes the question; ValueError if max_steps is less than 1."""
-    super().__init__(task, TOOLS, max_steps)
+    super().__init__(task.id, _CHECKER, max_steps)
+    self.task = task
 
   async def reset(self) -> protocol.Start:
     self.begin(answer=None)
@@ -84,10 +75,18 @@ class CalculatorEnvironment(checked.CheckedEnvironment):
 
 
 def result_of(step: str) -> str:
-  """Returns what a step gives, or what is wrong with it."""
+  """Returns what a step gives.
+
+  Raises:
+    tools.ToolError: it is no step, or gives too much.
+  """
   match = _STEP.fullmatch(step)
   if match is None:
-    return "error: the step must be two integers with +, - or * between them"
+    raise tools.ToolError(
+      "the step must be two integers with +, - or * between them"
+    )
   left, sign, right = match.groups()
   value = _SIGNS[sign](int(left), int(right))
-  return str(value) if abs(value) <= LARGEST else "error: it is too large"
+  if abs(value) > LARGEST:
+    raise tools.ToolError(f"the result is beyond {LARGEST}")
+  return str(value)

@@ -11,6 +11,7 @@ import random
 from typing import Any
 
 from dsv32_jax.agents.environments import general
+from dsv32_jax.agents.environments import read_only
 from dsv32_jax.agents.synthesis.general import database
 from dsv32_jax.agents.synthesis.general import domains
 from dsv32_jax.agents.synthesis.general import programs
@@ -21,7 +22,7 @@ from dsv32_jax.agents.synthesis.general import toolset as toolset_lib
 KINDS = ("own", "parent", "count", "above")
 _PARENTS, _CHILDREN = (2, 3), (1, 3)
 _OWN_COLUMNS, _PARENT_COLUMNS = 2, 1
-quote = database.quote
+quote = read_only.quote
 
 # A domain with a fixed toolset has too many tools.
 DOMAINS = {one.name: one for one in domains.DOMAINS if not one.fixed}

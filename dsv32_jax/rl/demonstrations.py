@@ -18,6 +18,7 @@ from dsv32_jax.agents import policy as policies
 from dsv32_jax.agents import tables
 from dsv32_jax.rl import environments
 from dsv32_jax.rl import episode_config
+from dsv32_jax.rl import episodes
 
 # Solutions hold no thinking.
 _MODE = cold_start.TOOL_USE
@@ -45,7 +46,7 @@ def solved(
       )
     )
     policy = policies.ScriptedPolicy(script)
-    result = asyncio.run(config.play(policy, task)).result
+    result = asyncio.run(episodes.play(config, policy, task)).result
     reason = cold_start.reason_against(result.row(), _MODE, 1.0)
     if reason:
       raise ValueError(f"the solution of task {task.id} is no seed: {reason}")

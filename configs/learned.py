@@ -1,0 +1,63 @@
+"""What episodes teach a tiny model, on held-out tasks and unseen families.
+
+python -m experiments.learned --config=configs/learned.py:lookups --workdir=DIR
+
+Variants: lookups (small general environments, nine families seen and three
+not), calculator (arithmetic with a tool), smoke (shows that it runs).
+"""
+
+import dataclasses
+
+from configs import rl
+from dsv32_jax.rl import episode_config
+from dsv32_jax.rl import learned
+from dsv32_jax.rl import run_config
+from dsv32_jax.training import optimizer
+from dsv32_jax.training import schedule
+from experiments import common
+
+
+def _config(run: run_config.RlConfig, **changes) -> learned.LearnedConfig:
+  defaults = dict(
+    rl=run,
+    held_out=400,
+    solved=2000,
+    sft_optimizer=optimizer.OptimizerConfig(
+      schedule=schedule.ScheduleConfig(peak=3e-3, warmup_steps=20)
+    ),
+    sft_steps=400,
+    sequence_length=max(run.row_lengths),
+    batch_size=16,
+  )
+  return learned.LearnedConfig(**(defaults | changes))
+
+
+def calculator() -> learned.LearnedConfig:
+  return _config(rl.calculator(rollouts=60))
+
+
+def look_ups() -> learned.LearnedConfig:
+  unseen = episode_config.EnvironmentConfig(kind="lookups", domains=rl.UNSEEN)
+  return _config(rl.look_ups(rollouts=60), unseen=(unseen,))
+
+
+def smoke() -> learned.LearnedConfig:
+  config = look_ups()
+  return dataclasses.replace(
+    config,
+    rl=dataclasses.replace(
+      config.rl,
+      rollouts=1,
+      prompts=2,
+      group_size=2,
+      evaluation=run_config.EvaluationConfig(every=2, problems=2),
+    ),
+    held_out=4,
+    solved=20,
+    sft_steps=2,
+  )
+
+
+def get_config(variant: str = "lookups"):
+  variants = {"lookups": look_ups, "calculator": calculator, "smoke": smoke}
+  return common.config_variant(variants, variant)

@@ -1,0 +1,87 @@
+"""The program that measures what episodes teach."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import learned as configs
+from dsv32_jax import config_files
+from dsv32_jax.rl import learned
+from experiments import learned as program
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run_program(workdir, *flags):
+  command = [
+    *(sys.executable, "-m", "experiments.learned"),
+    *("--config=configs/learned.py:smoke", f"--workdir={workdir}", *flags),
+  ]
+  return subprocess.run(
+    command,
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    capture_output=True,
+    text=True,
+    timeout=1500,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize("variant", ["lookups", "calculator", "smoke"])
+def test_configs_keep_families_apart(variant):
+  config = config_files.build(
+    learned.LearnedConfig, configs.get_config(variant)
+  )
+  seen = {d for e in config.rl.episodes.environments for d in e.domains}
+  unseen = {d for e in config.unseen for d in e.domains}
+  assert not seen & unseen
+  assert bool(unseen) == (variant != "calculator")
+
+
+def test_a_report_by_hand():
+  found = {
+    "domains": {"seen": ["a", "a", "b", "b"]},
+    "sft": {"seen": [0.0, 0.0, 1.0, 0.0]},
+    "grpo": {"seen": [1.0, 0.0, 1.0, 1.0]},
+  }
+  report = program.summarize(found)["seen"]
+  assert report["sft"]["solved"] == 1 and report["grpo"]["share"] == 0.75
+  # Wilson's interval of 1 in 4, from its formula.
+  z, n, p = 1.959964, 4, 0.25
+  centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+  half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+  np.testing.assert_allclose(
+    report["sft"]["interval"], [centre - half, centre + half], rtol=1e-6
+  )
+  change = np.array([1, 0, 0, 1])
+  error = 1.96 * np.std(change, ddof=1) / 2
+  np.testing.assert_allclose(
+    report["change"]["interval"], [0.5 - error, 0.5 + error], rtol=1e-6
+  )
+  assert report["domains"]["b"]["grpo"]["solved"] == 2
+
+
+def test_a_mistake_is_told_in_one_line(tmp_path):
+  done = run_program(tmp_path / "run", "--config.solved=0")
+  assert done.returncode == 1
+  assert "solved=0" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_it_runs_and_goes_on(tmp_path):
+  done = run_program(tmp_path / "run")
+  assert done.returncode == 0, done.stderr
+  report = json.loads((tmp_path / "run" / "report.json").read_text())
+  for group in ("seen", "unseen"):
+    assert report[group]["grpo"]["asked"] == 4
+    assert f"{group} families after grpo" in done.stdout
+  assert [row["version"] for row in report["curve"]] == [0, 1]
+  again = run_program(tmp_path / "run")
+  assert again.returncode == 0 and again.stdout == done.stdout
