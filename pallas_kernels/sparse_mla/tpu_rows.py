@@ -157,11 +157,32 @@ def flat_heads(array_BTHC, width, unit):
 
 def gather(table_ref, list_ref, raw_ref, words, start, size):
   """Copies the keys of list positions [start, start + size), unrolled."""
-  for first in range(start, start + size, BATCH):
-    places = range(first, min(first + BATCH, start + size))
+
+  @_batches(start, size)
+  def _(places):
     keys = [table_ref[pl.ds(list_ref[0, n], words), :] for n in places]
     for place, key in zip(places, keys):
       raw_ref[pl.ds(words * place, words), :] = key
+
+
+def _batches(start, size):
+  """Decorates a function of the places of a batch: calls it for each batch.
+
+  Unrolled when the kernel is lowered: it is traced once, where a loop in Python
+  takes a minute of comparing constants, thousands in a kernel.
+  """
+
+  def decorate(copy):
+    whole = size // BATCH
+
+    @pl.loop(0, whole, unroll=True)
+    def _(step):
+      copy([start + step * BATCH + n for n in range(BATCH)])
+
+    if size % BATCH:
+      copy(range(start + whole * BATCH, start + size))
+
+  return decorate
 
 
 def pair_lists(offsets_I1N, words):
@@ -173,14 +194,15 @@ def pair_lists(offsets_I1N, words):
 def gather_pairs(table_ref, list_ref, raw_ref, words, start, size):
   """Does as `gather` with half the stores, each of two keys joined."""
   is_first = lax.broadcasted_iota(jnp.int32, (8, LANES), 0) < words
-  for first in range(start, start + size, BATCH):
-    places = range(first, min(first + BATCH, start + size), 2)
+
+  @_batches(start, size)
+  def _(places):
     pairs = []
-    for n in places:
+    for n in places[::2]:
       left = table_ref[pl.ds(list_ref[0, n], 8), :]
       right = table_ref[pl.ds(list_ref[0, n + 1], 8), :]
       pairs.append(jnp.where(is_first, left, right)[: 2 * words])
-    for place, pair in zip(places, pairs):
+    for place, pair in zip(places[::2], pairs):
       raw_ref[pl.ds(words * place, 2 * words), :] = pair
 
 
@@ -303,7 +325,9 @@ def add(batch, gradient_ref, list_ref, stage_ref, start, size):
   """
   stride = size // batch
   groups = stage_ref.shape[0] // size
-  for first in range(stride):
+
+  @pl.loop(0, stride, unroll=True)
+  def _(first):
     places = [first + stride * n for n in range(batch)]
     spans = [pl.ds(list_ref[0, start + n], groups) for n in places]
     sums = [
