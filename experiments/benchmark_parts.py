@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv32_jax.model import attention
+from dsv32_jax.model import forms
 from dsv32_jax.model import moe
 from dsv32_jax.model import rope
 from dsv32_jax.model import selection
@@ -65,7 +66,7 @@ def _parts(model, block, x_BTD):
 
   yield "projections", _timed(project, layer, normed_BTD)
   (query, latent, index) = jax.jit(_stateless(project, layer))(normed_BTD)
-  projected = attention.Projected(
+  projected = forms.Projected(
     *query, *latent, layer.key_up[...], layer.value_up[...]
   )
   select = selection.TopK(config.index_top_k)

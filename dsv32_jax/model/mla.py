@@ -5,13 +5,13 @@ of K; attention.py attends to them.
 """
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 
 from dsv32_jax.model import attention as attention_lib
 from dsv32_jax.model import cache as cache_lib
 from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import cost_rule
+from dsv32_jax.model import forms
 from dsv32_jax.model import indexer as indexer_lib
 from dsv32_jax.model import layers
 from dsv32_jax.model import paged_attention
@@ -120,13 +120,11 @@ class LatentAttention(nnx.Module):
       out_BTD = self.project_output(values_BTHV)
       return out_BTD, held, dict(selection=chosen, kl_BT=None, trace=trace)
     held = cache_lib.LayerCache(*new)
-    if order is not None:
-      held = jax.tree.map(order.restore, held)
     if cache is not None:
       held = cache_lib.LayerCache(
         *(cache_lib.append(a, b, length_B) for a, b in zip(cache, held))
       )
-    projected = attention_lib.Projected(
+    projected = forms.Projected(
       query_nope,
       query_rope,
       held.latent_BSC.astype(dtype),
@@ -138,8 +136,12 @@ class LatentAttention(nnx.Module):
     form = cost_rule.choose_form(
       options, x_BTD.shape[1], held.latent_BSC.shape[1]
     )
+    layout = attention_lib.KeyLayout(split=cache is None, order=order)
     chosen = attention_lib.select(
-      options, form, index, index_key_BSK, sight, layer=layer, replay=replay
+      *(options, form, index, index_key_BSK, sight),
+      layer=layer,
+      replay=replay,
+      layout=layout,
     )
     values_BTHV, kl_BT = attention_lib.attend(
       options,
@@ -150,6 +152,7 @@ class LatentAttention(nnx.Module):
       index,
       index_key_BSK,
       scale=self.config.softmax_scale,
+      layout=layout,
     )
     out_BTD = self.project_output(values_BTHV)
     found = dict(selection=chosen, kl_BT=kl_BT, trace=trace)

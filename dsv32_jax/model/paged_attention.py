@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from dsv32_jax import sharding
 from dsv32_jax.model import attention as attention_lib
 from dsv32_jax.model import cost_rule
+from dsv32_jax.model import forms
 from dsv32_jax.model import selection as selection_lib
 from pallas_kernels import decode_scores
 from pallas_kernels import index_select
@@ -158,7 +159,7 @@ def _attend_in_place(held, query, rows_BTN, sight, options, ups, scale):
   values_1XHV, _ = attention_lib.attend(
     options,
     "gathered",
-    attention_lib.Projected(*map(one_row, query), *keys, *ups),
+    forms.Projected(*map(one_row, query), *keys, *ups),
     selection_lib.Selection(None, one_row(rows_BTN), None),
     selection_lib.Visibility(one_row(sight.slots_BT), None, None),
     None,
@@ -187,7 +188,7 @@ def _attend_on_mesh(held, query, rows_BTN, sight, options, ups, scale):
   values_X1HV, _ = attention_lib.attend(
     options,
     "gathered",
-    attention_lib.Projected(
+    forms.Projected(
       *map(each_query, query),
       *map(fetch, (held.latent_PZC, held.key_rope_PZR)),
       *ups,

@@ -41,8 +41,11 @@ class TokenOrder:
     return sharding.constrain(moved_BTX, *axes)
 
   def restore(self, x_BTX):
-    """Undoes `apply`; every device of a row gets it whole, as it needs keys."""
-    x_BTX = _whole(x_BTX)
+    """Undoes `apply`; every device of a row gets it whole."""
+    return self.restore_whole(_whole(x_BTX))
+
+  def restore_whole(self, x_BTX):
+    """Undoes `apply` of a whole row, as a device has it inside shard_call."""
     batch, length, *rest = x_BTX.shape
     pairs = x_BTX.reshape(batch, self.shards, 2, -1, *rest)
     front_BNPX, back_BNPX = pairs[:, :, 0], pairs[:, ::-1, 1]

@@ -24,6 +24,7 @@ PARTS = {
   "dsv32_jax/model/selection.py": "selection",
   "dsv32_jax/model/mla.py": "attention projections",
   "dsv32_jax/model/attention.py": "attention",
+  "dsv32_jax/model/forms.py": "attention",
   "dsv32_jax/model/moe.py": "experts",
   "dsv32_jax/model/expert_exchange.py": "experts",
   "dsv32_jax/model/layers.py": "norms, embedding, dense layers",

@@ -32,7 +32,7 @@ class StageConfig:
       alone reaches the indexer, so 1.
     router_bias_speed: step of the router bias against the load (V3: 1e-3).
     top_k: keys a query sees; None takes the model's.
-    attention_form: a name in attention.FORMS, None for the cost rule.
+    attention_form: a name in forms.FORMS, None for the cost rule.
     kernels: a name in attention.KERNELS, None for what the device runs best.
     separate_documents: keep packed documents from seeing each other.
   """

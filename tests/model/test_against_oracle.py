@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv32_jax.model import attention
+from dsv32_jax.model import forms
 from dsv32_jax.model import indexer
 from dsv32_jax.model import layers
 from dsv32_jax.model import moe
@@ -215,8 +215,8 @@ def test_attention_forms(rng, form, segments_BT):
     words_BTW, jnp.asarray(oracle_ops.mask_to_indices(selected_BTS, 4)), None
   )
   sight = visibility(segments_BT)
-  args = attention.Projected(*(jnp.asarray(x) for x in arrays))
-  got, kl_BT = attention.FORMS[form](args, chosen, sight, None, None, scale=0.3)
+  args = forms.Projected(*(jnp.asarray(x) for x in arrays))
+  got, kl_BT = forms.FORMS[form](args, chosen, sight, None, None, scale=0.3)
   assert kl_BT is None
   close(got, want)
   if form == "gathered":
@@ -224,7 +224,7 @@ def test_attention_forms(rng, form, segments_BT):
   want, _ = oracle_layers.attention_expanded(
     *(x.astype(np.float64) for x in arrays), allowed_BTS, 0.3
   )
-  got, _ = attention.FORMS[form](args, None, sight, None, None, scale=0.3)
+  got, _ = forms.FORMS[form](args, None, sight, None, None, scale=0.3)
   close(got, want)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from dsv32_jax.model import attention
 from dsv32_jax.model import cost_rule
+from dsv32_jax.model import forms
 from dsv32_jax.model import selection
 from tests.support import models
 from tests.support import stage_steps
@@ -102,8 +103,8 @@ def test_gathered_kl_takes_the_kernels_asked_for(monkeypatch, kernels):
     asked.append(implementation)
     return jnp.zeros((1, 2))
 
-  monkeypatch.setattr(attention.sparse_mla, "sparse_mla", attend)
-  monkeypatch.setattr(attention.indexer_kl, "indexer_kl_gathered", loss)
+  monkeypatch.setattr(forms.sparse_mla, "sparse_mla", attend)
+  monkeypatch.setattr(forms.indexer_kl, "indexer_kl_gathered", loss)
   projected = types.SimpleNamespace(
     query_nope_BTHN=jnp.ones((1, 2, 3, 4)),
     query_rope_BTHR=jnp.ones((1, 2, 3, 2)),
@@ -114,7 +115,7 @@ def test_gathered_kl_takes_the_kernels_asked_for(monkeypatch, kernels):
   )
   index = types.SimpleNamespace(query_BTIK=None, weight_BTI=None)
   chosen = types.SimpleNamespace(indices_BTN=None)
-  attention.gathered(
+  forms.gathered(
     *(projected, chosen, None, index, None), scale=1.0, kernels=kernels
   )
   assert asked == [kernels, kernels]
