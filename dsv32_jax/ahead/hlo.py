@@ -203,9 +203,13 @@ def most_gathered(text: str, devices: int) -> int:
   return max((group_size(line, devices) for line in gathers), default=1)
 
 
-def sorts(text: str) -> int:
-  """Counts the sort instructions of a program."""
-  return len(re.findall(r" sort\(", text))
+def sorts(text: str) -> list[int]:
+  """Returns how many entries each sort of a program has, the most first."""
+  found = []
+  for shape in re.findall(r" = (.*?) sort\(", text):
+    sizes = [extent.split(",") for _, extent in _SHAPE.findall(shape)]
+    found.append(max(math.prod(int(n) for n in s if n) for s in sizes))
+  return sorted(found, reverse=True)
 
 
 def _computations(text: str) -> Iterator[tuple[str, _Computation]]:

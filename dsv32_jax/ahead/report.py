@@ -29,9 +29,11 @@ class Report:
     global_batch: sequences of a step.
     sequence_length: tokens of a sequence.
     compile_seconds: of tracing, lowering and compiling.
+    processor_seconds: that all cores spent on them.
     program_flops_per_step: of the matrix products that the program runs,
       recomputation and padding included; see `jaxpr_flops`.
     sorts: sort instructions in the compiled program.
+    most_sorted: entries of the largest of them.
     collectives: instructions by kind, in the program's text.
     collective_bytes_per_device: what a device receives by them in a step, by
       kind, loops multiplied out; see `hlo.Traffic`.
@@ -51,8 +53,10 @@ class Report:
   global_batch: int
   sequence_length: int
   compile_seconds: float
+  processor_seconds: float
   program_flops_per_step: float
   sorts: int
+  most_sorted: int
   collectives: dict[str, int]
   collective_bytes_per_device: dict[str, int]
   largest_collectives: list[tuple[str, int]]
@@ -89,15 +93,16 @@ def compile_program(
   Raises:
     DoesNotFit: if it needs more memory than a device has.
   """
-  started = time.perf_counter()
+  started = time.perf_counter(), time.process_time()
   try:
     traced = trace()
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     raise _explained(error) from error
-  seconds = time.perf_counter() - started
+  seconds = time.perf_counter() - started[0]
+  processor = time.process_time() - started[1]
   memory, text = compiled.memory_analysis(), compiled.as_text()
-  traffic = hlo.traffic(text, devices)
+  traffic, sorts = hlo.traffic(text, devices), hlo.sorts(text)
   return Report(
     devices=devices,
     argument_bytes_per_device=memory.argument_size_in_bytes,
@@ -105,8 +110,10 @@ def compile_program(
     peak_bytes_per_device=memory.peak_memory_in_bytes,
     **counts,
     compile_seconds=round(seconds, 1),
+    processor_seconds=round(processor, 1),
     program_flops_per_step=jaxpr_flops.count(traced.jaxpr),
-    sorts=hlo.sorts(text),
+    sorts=len(sorts),
+    most_sorted=max(sorts, default=0),
     collectives=traffic.instructions,
     collective_bytes_per_device=traffic.bytes,
     largest_collectives=traffic.largest,

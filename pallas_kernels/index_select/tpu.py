@@ -241,9 +241,21 @@ def _call(sizes, interpret, query_blocks, key_blocks):
       dimension_semantics=("parallel", "parallel", "arbitrary"),
       vmem_limit_bytes=4 * LANES * rows + 2 * block_bytes + SPARE_BYTES,
     ),
+    cost_estimate=_cost(sizes, batch * num_tiles, inputs, rows),
     interpret=interpret,
     name="index_select",
   )(seen_BQ, *(x for x, _ in inputs))
+
+
+def _cost(sizes, num_tiles, inputs, rows):
+  """Estimates a kernel that sees every key; up to which it does, data tell."""
+  pairs = num_tiles * sizes.queries * rows * sizes.groups
+  return pl.CostEstimate(
+    flops=2 * pairs * sizes.heads * sizes.width,
+    transcendentals=2 * pairs,
+    bytes_accessed=sum(x.size * x.dtype.itemsize for x, _ in inputs)
+    + pairs // 8,
+  )
 
 
 def _size(shape):

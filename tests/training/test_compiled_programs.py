@@ -143,6 +143,15 @@ def test_groups_of_a_collective_are_counted(groups, size):
   assert hlo.group_size(line, 8) == size
 
 
+def test_sorts_are_counted_with_their_sizes():
+  def two(x, y):
+    return jnp.sort(x, axis=-1), jnp.argsort(y)
+
+  text = jax.jit(two).lower(jnp.ones((3, 8)), jnp.ones(5)).compile().as_text()
+  assert hlo.sorts(text) == [24, 5]
+  assert hlo.sorts(PROGRAM) == []
+
+
 def flops(function, *args):
   return jaxpr_flops.count(jax.jit(function).trace(*args).jaxpr)
 
@@ -231,8 +240,10 @@ def test_an_estimate_adds_products_and_exchange():
     global_batch=1,
     sequence_length=1,
     compile_seconds=0.0,
+    processor_seconds=0.0,
     program_flops_per_step=2 * 459e12,
     sorts=0,
+    most_sorted=0,
     collectives={},
     collective_bytes_per_device={"all-gather": 200e9, "all-reduce": 100e9},
     largest_collectives=[],
