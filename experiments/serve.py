@@ -46,6 +46,11 @@ _BODY = flags.DEFINE_float("max_body_mib", 8.0, "Size of a request, MiB.")
 _DRAIN = flags.DEFINE_float(
   "drain_seconds", 60.0, "How long the end waits for requests that run."
 )
+_STRICT = flags.DEFINE_bool(
+  "strict_schemas",
+  False,
+  "Holds replies to strict JSON schemas; needs the extra `grammar`.",
+)
 _BACKLOG = 2048
 _LAST_SECONDS = 10.0
 
@@ -143,7 +148,12 @@ def main(argv):
       drain_seconds=_LAST_SECONDS,
     )
     runner = runners.Runner(model.engine, max_requests=_REQUESTS.value)
-    application = app.make_app(runner, model.tokenizer, config)
+    grammars = None
+    if _STRICT.value:
+      from dsv32_jax.generation.server import json_grammar
+
+      grammars = json_grammar.JsonGrammars(model.tokenizer)
+    application = app.make_app(runner, model.tokenizer, config, grammars)
     run(application, runner, name, bound)
   ended = runner.drain(_LAST_SECONDS)
   if runner.failure is not None:

@@ -140,6 +140,11 @@ def calls_block(calls: Sequence[tuple[str, str]]) -> list[str]:
   return [*pieces, *_CALLS_CLOSE]
 
 
+def first_call_block(name: str) -> list[str]:
+  """Pieces of tool calls up to where the arguments of the first one begin."""
+  return [*_CALLS_OPEN, *_INVOKE_OPEN, name, '">\n']
+
+
 def _load(arguments: str) -> dict[str, Any]:
   try:
     loaded = json.loads(arguments)

@@ -124,6 +124,11 @@ class Tokenizer:
         )
 
   @property
+  def content(self) -> str:
+    """Returns the text of its tokenizer.json."""
+    return self._content
+
+  @property
   def fingerprint(self) -> str:
     """Returns the sha256 of the content, for run manifests."""
     return hashlib.sha256(self._content.encode()).hexdigest()
@@ -145,6 +150,11 @@ class Tokenizer:
         f"{self._origin}: has no token {SPECIAL_TOKENS[name]!r} ({name})"
       )
     return token_id
+
+  @property
+  def special_ids(self) -> list[int]:
+    """Returns the ids of all of SPECIAL_TOKENS that this tokenizer has."""
+    return [x for x in self._special_ids.values() if x is not None]
 
   def encode(self, text: str) -> list[int]:
     """Encodes text; a special token's string is text like any other."""

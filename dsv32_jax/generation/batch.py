@@ -37,8 +37,16 @@ class Batch:
     known = tokens[part.start + 1 : part.end + 1]
     self._next_BT[row, : len(known)] = known
 
-  def call(self, page_counts: Sequences[int], vocab_size: int) -> programs.Call:
-    """Returns the step, at the least of the page counts that holds its rows."""
+  def call(
+    self, page_counts: Sequences[int], vocab_size: int, most_adjusted: int
+  ) -> programs.Call:
+    """Returns the step.
+
+    Args:
+      page_counts: it is at the least of them that holds its rows.
+      vocab_size: of the model.
+      most_adjusted: logits of a row that can be changed.
+    """
     many = self._sequences
     needed = max((len(one.pages) for one in many if one), default=1)
     num_pages = min(count for count in page_counts if count >= needed)
@@ -51,7 +59,13 @@ class Batch:
       [one.seed if one else 0 for one in many],
       [one.num_drawn if one else 0 for one in many],
       vocab_size,
+      [one and one.allowed for one in many],
     )
+    if any(one and one.request.sampling.adjusts for one in many):
+      changes = sampler.biases(
+        [one.bias if one else {} for one in many], most_adjusted
+      )
+      rows = rows._replace(bias_id_BK=changes[0], bias_BK=changes[1])
     return programs.Call(
       self._tokens_BT,
       self._next_BT,

@@ -29,8 +29,9 @@ from dsv32_jax.generation import programs
 from dsv32_jax.generation import requests as requests_lib
 from dsv32_jax.generation import scheduler
 from dsv32_jax.generation import sequence
+from dsv32_jax.generation import sizes
 
-EngineConfig = programs.EngineConfig
+EngineConfig = sizes.EngineConfig
 
 
 class Engine:
@@ -128,6 +129,7 @@ class Engine:
       max_length=self.config.max_length,
       room=self._programs.num_pages * self.config.page_size,
       has_text=self._detokenize is not None,
+      most_adjusted=self._programs.most_adjusted,
     )
 
   def cancel(self, request_id: str) -> None:
@@ -191,7 +193,7 @@ class Engine:
       for event in self.step():
         events[event.request_id].append(event)
     return [
-      requests_lib.collect(request_id, request.prompt_ids, events[request_id])
+      requests_lib.collect(request_id, request, events[request_id])
       for request_id, request in zip(ids, requests)
     ]
 
@@ -227,7 +229,9 @@ class Engine:
     """Runs a step, with as few pages a sequence as the longest allows."""
     if page_counts is None:
       page_counts = self.config.compiled_page_counts
-    call = batch.call(page_counts, self._vocab_size)
+    call = batch.call(
+      page_counts, self._vocab_size, self._programs.most_adjusted
+    )
     return self._programs(call, is_chunk=is_chunk)
 
   def _prefill(self) -> list[requests_lib.TokenEvent]:
@@ -247,7 +251,7 @@ class Engine:
       if one.held == one.prefill_end and not one.num_drawn:
         fetched = sequence.fetch(one, result, row, 0, self._vocab_size)
         self._take_draft(one, result, row)
-        events.append(self._accept(one, *fetched))
+        events.append(self._accept(one, fetched))
     return events
 
   def _decode(self) -> list[requests_lib.TokenEvent]:
@@ -276,7 +280,7 @@ class Engine:
     fetched = sequence.fetch(one, result, row, 0, self._vocab_size)
     is_right = None
     if one.may_draft:
-      is_right = one.draft == fetched[0]
+      is_right = one.draft == fetched.token
       self._counts["drafted_tokens"] += 1
       self._counts["accepted_tokens"] += is_right
     self._take_draft(one, result, row)
@@ -287,7 +291,7 @@ class Engine:
       one.held += 1
       if turn:
         fetched = sequence.fetch(one, result, row, turn, self._vocab_size)
-      events.append(self._accept(one, *fetched, None if turn else is_right))
+      events.append(self._accept(one, fetched, None if turn else is_right))
       if events[-1].finish_reason is not None:
         break
     return events
@@ -297,10 +301,10 @@ class Engine:
       one.draft = int(np.asarray(result.draft_B)[row])
 
   def _accept(
-    self, one, token, logprob, kept, is_as_drafted=None
+    self, one, draw: sequence.Draw, is_as_drafted=None
   ) -> requests_lib.TokenEvent:
     """Appends a drawn token; ends the request where it ends."""
-    one.tokens.append(token)
+    one.append(draw.token)
     self._counts["drawn_tokens"] += 1
     joined = sequence.join(one.pending)
     one.pending = []
@@ -309,11 +313,12 @@ class Engine:
       self._leave(one)
     return requests_lib.TokenEvent(
       request_id=one.request_id,
-      token_id=token,
-      logprob=logprob,
+      token_id=draw.token,
+      logprob=draw.logprob,
       finish_reason=reason,
-      kept_ids=kept,
+      kept_ids=draw.kept,
       experts_LNA=joined.experts_LNA,
       selection_LNS=joined.selection_LNS,
       is_as_drafted=is_as_drafted,
+      top_logprobs=draw.top,
     )

@@ -8,7 +8,6 @@ of sharding.py, and each holds its part of the pages.
 """
 
 import contextlib
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from dsv32_jax import sharding
 from dsv32_jax.generation import sampler
+from dsv32_jax.generation import sizes
 from dsv32_jax.model import attention
 from dsv32_jax.model import cache as cache_lib
 from dsv32_jax.model import selection
@@ -27,138 +27,7 @@ from dsv32_jax.model import transformer
 # B sequences, T tokens, M pages of a sequence, L layers, A experts a token,
 # S selected keys
 
-# Tokens below which a smaller page table would save little.
-LEAST_TOKENS = 1024
-# Rows of a chunk, where nothing else is asked for. Each reads the index keys of
-# its own sequence.
-DEFAULT_ROWS = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-  """Sizes of an engine; they decide what is compiled.
-
-  Attributes:
-    max_batch: sequences that run at once.
-    page_size: tokens of a page of the cache.
-    num_pages: pages of the cache; exactly one of this and the next is given.
-    memory_budget_bytes: memory for the cache, on all devices together.
-    prefill_chunk: prompt tokens a step.
-    prefill_rows: rows that they lie in, of one sequence each and of whole
-      pages; None: DEFAULT_ROWS, or the most below that leave whole pages.
-    max_length: tokens of prompt and answer together at most.
-    page_counts: numbers of pages of a sequence that steps are compiled for;
-      the largest holds max_length tokens. Default: doubled from those of
-      LEAST_TOKENS on.
-    speculate: draft a token with the model's multi-token prediction module and
-      run it with the one before.
-    index_key_format: "model" keeps index keys in the type of the activations;
-      "fp8" in 8 bits with a scale, and scores as the official 8-bit indexer.
-    seed: of the seeds of requests that bring none.
-  """
-
-  max_batch: int
-  page_size: int = 64
-  num_pages: int | None = None
-  memory_budget_bytes: int | None = None
-  prefill_chunk: int = 256
-  prefill_rows: int | None = None
-  max_length: int = 4096
-  page_counts: tuple[int, ...] | None = None
-  speculate: bool = False
-  index_key_format: str = "model"
-  seed: int = 0
-
-  def __post_init__(self):
-    for name in ("max_batch", "page_size", "prefill_chunk", "max_length"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}={getattr(self, name)} must be positive")
-    if self.prefill_chunk % self.page_size:
-      raise ValueError(
-        f"prefill_chunk={self.prefill_chunk} must be a multiple of"
-        f" page_size={self.page_size}"
-      )
-    if self.rows < 1 or self.prefill_chunk % (self.rows * self.page_size):
-      raise ValueError(
-        f"prefill_rows={self.prefill_rows} must be positive and divide"
-        f" prefill_chunk={self.prefill_chunk} into whole pages of"
-        f" page_size={self.page_size}"
-      )
-    if (self.num_pages is None) == (self.memory_budget_bytes is None):
-      raise ValueError(
-        f"num_pages={self.num_pages} and memory_budget_bytes="
-        f"{self.memory_budget_bytes}: exactly one must be given"
-      )
-    if self.index_key_format not in ("model", "fp8"):
-      raise ValueError(
-        f"index_key_format={self.index_key_format!r} is not 'model' or 'fp8'"
-      )
-    most = self.most_pages
-    if self.page_counts is not None and (
-      not self.page_counts
-      or min(self.page_counts) < 1
-      or max(self.page_counts) != most
-    ):
-      raise ValueError(
-        f"page_counts={self.page_counts} must be positive and end with {most},"
-        f" the pages of max_length={self.max_length} tokens"
-      )
-
-  @property
-  def rows(self) -> int:
-    """Rows of a chunk: `prefill_rows` or their default."""
-    if self.prefill_rows is not None:
-      return self.prefill_rows
-    pages = self.prefill_chunk // self.page_size
-    return max(n for n in range(1, DEFAULT_ROWS + 1) if pages % n == 0)
-
-  @property
-  def row_tokens(self) -> int:
-    """Tokens of a row of a chunk."""
-    return self.prefill_chunk // self.rows
-
-  @property
-  def most_pages(self) -> int:
-    """Pages of the longest sequence."""
-    return -(-self.max_length // self.page_size)
-
-  @property
-  def compiled_page_counts(self) -> tuple[int, ...]:
-    """`page_counts` or their default, ascending."""
-    if self.page_counts is not None:
-      return tuple(sorted(set(self.page_counts)))
-    counts, count = [], -(-LEAST_TOKENS // self.page_size)
-    while count < self.most_pages:
-      counts.append(count)
-      count *= 2
-    return (*counts, self.most_pages)
-
-  @property
-  def eight_bit_index(self) -> bool:
-    return self.index_key_format == "fp8"
-
-  def pages_for(self, config, dtype) -> int:
-    """Pages of the cache of a model.
-
-    Raises:
-      ValueError: if the budget does not hold a page.
-    """
-    if self.num_pages is not None:
-      pages = self.num_pages
-    else:
-      token = cache_lib.bytes_per_token(
-        config,
-        dtype=dtype,
-        eight_bit_index=self.eight_bit_index,
-        with_mtp=self.speculate,
-      )
-      pages = self.memory_budget_bytes // (token * self.page_size)
-    if pages < 1:
-      raise ValueError(
-        f"num_pages={self.num_pages}, memory_budget_bytes="
-        f"{self.memory_budget_bytes}: the cache has no page"
-      )
-    return pages
+EngineConfig = sizes.EngineConfig
 
 
 class Call(NamedTuple):
@@ -171,7 +40,7 @@ class Call(NamedTuple):
     length_B: int32 tokens that each sequence has in the cache.
     count_B: int32 how many of its tokens are real.
     table_BM: int32 pages of each sequence.
-    rows: how to draw.
+    rows: how to draw; without biases, none are added.
   """
 
   tokens_BT: np.ndarray
@@ -235,6 +104,10 @@ class Programs:
       )
       results = (layout, sharding.replicated(self._mesh))
     self._pages = jax.device_put(pages, layout)
+    self._beside = layout if results is None else results[1]
+    self.most_adjusted = min(config.most_adjusted, model.config.vocab_size)
+    # By number of rows: where nothing is added, nothing need be sent.
+    self._no_bias: dict[int, tuple[jax.Array, jax.Array]] = {}
     options = attention.AttentionOptions(
       select=selection.TopK(model.config.index_top_k),
       index_quantized=config.eight_bit_index,
@@ -283,6 +156,15 @@ class Programs:
 
   def __call__(self, call: Call, *, is_chunk: bool) -> Result:
     """Runs a step; `is_chunk` of a chunk of prompts."""
+    rows = call.rows
+    if rows.bias_BK is None:
+      bias_id_BK, bias_BK = self._none_of(len(rows.top_B))
+    else:
+      bias_id_BK, bias_BK = jax.device_put(
+        (rows.bias_id_BK, rows.bias_BK), self._beside
+      )
+    rows = rows._replace(bias_id_BK=bias_id_BK, bias_BK=bias_BK)
+    call = call._replace(rows=rows)
     with contextlib.ExitStack() as stack:
       if self._mesh is not None:
         stack.enter_context(jax.set_mesh(self._mesh))
@@ -290,6 +172,12 @@ class Programs:
         self._state, self._pages, call, is_chunk=is_chunk
       )
     return result
+
+  def _none_of(self, rows: int):
+    if rows not in self._no_bias:
+      none = sampler.biases([{}] * rows, self.most_adjusted)
+      self._no_bias[rows] = jax.device_put(none, self._beside)
+    return self._no_bias[rows]
 
 
 def _run(graph, options, state, pages, call, *, is_chunk):

@@ -1,6 +1,8 @@
 """A request on its way through the engine, and what is recorded of it."""
 
+import collections
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +25,7 @@ class Sequence:
     draft: a guess at the token behind the last one, or None.
     recorded: tokens whose records are in `pending` or in past events.
     pending: Record since the last event.
+    times: how often each token was drawn, where that is penalised.
   """
 
   request: requests.Request
@@ -35,6 +38,9 @@ class Sequence:
   draft: int | None = None
   recorded: int = 0
   pending: list[pages_lib.Record] = dataclasses.field(default_factory=list)
+  times: collections.Counter = dataclasses.field(
+    default_factory=collections.Counter
+  )
 
   @property
   def prompt_length(self) -> int:
@@ -53,12 +59,35 @@ class Sequence:
   def may_draft(self) -> bool:
     """Whether there is a draft, and room for a token behind the next one."""
     room = self.request.sampling.max_tokens - self.num_drawn
-    return self.draft is not None and room > 1
+    return self.draft is not None and room > 1 and self.request.may_draft
 
   @property
   def prefill_end(self) -> int:
     """Tokens to run in chunks: the last drawn one goes with the batch."""
     return len(self.tokens) - (1 if self.num_drawn else 0)
+
+  def append(self, token: int) -> None:
+    """Takes a token that was drawn."""
+    self.tokens.append(token)
+    if self.request.sampling.penalizes:
+      self.times[token] += 1
+
+  @property
+  def bias(self) -> dict[int, float]:
+    """What is added to the logits of the next draw, by token."""
+    sampling = self.request.sampling
+    bias = dict(sampling.logit_bias)
+    for token, count in self.times.items():
+      penalty = sampling.presence_penalty + sampling.frequency_penalty * count
+      bias[token] = bias.get(token, 0.0) - penalty
+    return bias
+
+  @property
+  def allowed(self) -> np.ndarray | None:
+    """The tokens that the request's constraint allows next; None: all."""
+    if self.request.constraint is None:
+      return None
+    return self.request.constraint.allowed(self.tokens[self.prompt_length :])
 
   @property
   def wanted(self) -> pages_lib.Wanted:
@@ -99,14 +128,27 @@ def finish_reason(one: Sequence, eos_id, detokenize) -> str | None:
   return "length" if one.num_drawn >= sampling.max_tokens else None
 
 
-def fetch(one, result, row, turn, vocab_size):
-  """Brings a draw of a row to the host: token, log-probability, kept set."""
+class Draw(NamedTuple):
+  """What a step drew for a sequence; see `requests.TokenEvent`."""
+
+  token: int
+  logprob: float
+  kept: np.ndarray | None
+  top: tuple[tuple[int, float], ...]
+
+
+def fetch(one, result, row, turn, vocab_size) -> Draw:
+  """Brings a draw of a row to the host."""
   place, drawn = (row, turn), result.drawn
-  kept = None
-  if one.request.sampling.truncates:
+  kept, top = None, ()
+  if one.request.truncates:
     kept = sampler.kept_ids(np.asarray(drawn.kept_BW)[place], vocab_size)
+  if count := one.request.sampling.top_logprobs:
+    ids = np.asarray(drawn.top_id_BU)[place][:count].tolist()
+    logprobs = np.asarray(drawn.top_logprob_BU)[place][:count].tolist()
+    top = tuple(x for x in zip(ids, logprobs) if x[1] > -np.inf)
   token = int(np.asarray(drawn.token_B)[place])
-  return token, float(np.asarray(drawn.logprob_B)[place]), kept
+  return Draw(token, float(np.asarray(drawn.logprob_B)[place]), kept, top)
 
 
 def record_of(one, result, row, part: slice) -> pages_lib.Record:

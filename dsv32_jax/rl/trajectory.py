@@ -82,11 +82,12 @@ def from_completion(
   """Makes the trajectory of an answer: prompt given, answer written.
 
   Raises:
-    ValueError: if nothing was drawn.
+    ValueError: if nothing was drawn, or with penalties or biases.
   """
   given, drawn = len(completion.prompt_ids), len(completion.token_ids)
   if not drawn:
     raise ValueError(f"request {completion.request_id!r} drew no token")
+  _require_replayable(completion)
   kept = None
   if any(ids is not None for ids in completion.kept):
     kept = [None] * given + list(completion.kept)
@@ -101,6 +102,14 @@ def from_completion(
   return Trajectory(parts=(part,), domain=domain)
 
 
+def _require_replayable(completion: requests.Completion) -> None:
+  if completion.adjusted:
+    raise ValueError(
+      f"request {completion.request_id!r} was drawn with a presence_penalty,"
+      " frequency_penalty or logit_bias: no learner can replay it"
+    )
+
+
 def from_parts(
   parts: Sequence[token_stream.Part], *, domain: str = ""
 ) -> Trajectory:
@@ -112,7 +121,7 @@ def from_parts(
 
   Raises:
     ValueError: if a part does not hold exactly what its completions were given
-      and drew.
+      and drew, or they were drawn with penalties or biases.
   """
   return Trajectory(parts=tuple(map(_from_part, parts)), domain=domain)
 
@@ -123,6 +132,7 @@ def _from_part(part: token_stream.Part) -> Part:
   experts, selection = [], []
   recorded = 0
   for completion in part.records:
+    _require_replayable(completion)
     given = len(completion.prompt_ids)
     end = given + len(completion.token_ids)
     both = (*completion.prompt_ids, *completion.token_ids)

@@ -83,6 +83,8 @@ def test_nothing_is_compiled_after_the_warm_up(model):
       )
     engine.load(model)
     engine.generate([ask(20, 3, max_tokens=20, temperature=0.0)])
+    changed = dict(presence_penalty=1.0, logit_bias={4: 2.0}, top_logprobs=3)
+    engine.generate([ask(9, 4, max_tokens=3, **changed)])
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
   assert len(compiled) == 4

@@ -26,12 +26,19 @@ CASES = (
   dict(temperature=1.7, top_k=20, top_p=0.7, min_p=0.05),
   dict(top_p=0.9, banned_ids=(3, 31, 32, 49)),
   dict(temperature=0.0, banned_ids=tuple(range(40))),
+  dict(top_logprobs=20),
+  dict(top_k=7, top_logprobs=20),
+  dict(logit_bias={0: 3.5, 31: -8.0, 49: 6.0}),
+  dict(temperature=0.7, top_p=0.9, logit_bias={n: n / 9 for n in range(50)}),
+  dict(temperature=0.0, logit_bias={12: 30.0}, banned_ids=(5,)),
 )
 
 
 def oracle(logits_V, one):
   """Ids that stay, and log-probabilities of all tokens, in float64."""
   logits_V = np.float64(logits_V)
+  for token, bias in one.logit_bias:
+    logits_V[token] += bias
   logits_V[list(one.banned_ids)] = -np.inf
   order = np.argsort(-logits_V, kind="stable")
   order = order[np.isfinite(logits_V[order])]
@@ -60,6 +67,8 @@ def drawn():
   logits_BV = generator.normal(0, 2, shape).astype(np.float32)
   cases = [requests.SamplingParameters(max_tokens=1, **c) for c in CASES]
   rows = sampler.rows(cases, range(len(cases)), [0] * len(cases), VOCABULARY)
+  biases = sampler.biases([dict(c.logit_bias) for c in cases], VOCABULARY)
+  rows = rows._replace(bias_id_BK=biases[0], bias_BK=biases[1])
   return (
     logits_BV,
     cases,
@@ -78,6 +87,30 @@ def test_kept_set_and_logprob(row):
   np.testing.assert_allclose(got.logprob_B[row], logp_V[token], atol=1e-5)
   if not cases[row].truncates:
     assert len(ids) == VOCABULARY
+
+
+@pytest.mark.parametrize("row", range(len(CASES)))
+def test_the_likeliest_tokens_of_what_is_drawn_from(row):
+  logits_BV, cases, got = drawn()
+  _, logp_V = oracle(logits_BV[row], cases[row])
+  order = np.argsort(-logp_V, kind="stable")[:20]
+  values_U = got.top_logprob_BU[row]
+  possible_U = np.isfinite(values_U)
+  np.testing.assert_array_equal(possible_U, np.isfinite(logp_V[order]))
+  ids_U = got.top_id_BU[row][possible_U]
+  np.testing.assert_array_equal(ids_U, order[possible_U])
+  np.testing.assert_allclose(values_U[possible_U], logp_V[ids_U], atol=1e-5)
+
+
+def test_a_constraint_wins_over_bans_where_nothing_else_is_left():
+  one = requests.SamplingParameters(max_tokens=1, banned_ids=(1, 2, 40))
+  allowed = [np.uint32([0b1110, 0]), np.uint32([0b110]), None]
+  rows = sampler.rows([one] * 3, [0] * 3, [0] * 3, VOCABULARY, allowed)
+  logits_BV = np.zeros((3, VOCABULARY), np.float32)
+  kept_BW = sampler.draw(logits_BV, rows).kept_BW
+  kept = [sampler.kept_ids(bits, VOCABULARY).tolist() for bits in kept_BW]
+  everything = [n for n in range(VOCABULARY) if n not in (1, 2, 40)]
+  assert kept == [[3], [1, 2], everything]
 
 
 def test_draws_follow_what_is_left():
@@ -136,6 +169,15 @@ def test_seeds_and_steps_decide_the_draw():
     dict(seed=-1),
     dict(seed=1 << 63),
     dict(banned_ids=(-1,)),
+    dict(presence_penalty=2.1),
+    dict(presence_penalty=float("nan")),
+    dict(frequency_penalty=-2.1),
+    dict(frequency_penalty="high"),
+    dict(logit_bias={-1: 1.0}),
+    dict(logit_bias={1: float("inf")}),
+    dict(logit_bias={1: -101}),
+    dict(top_logprobs=21),
+    dict(top_logprobs=-1),
   ],
 )
 def test_bad_parameters(changes):

@@ -1,7 +1,5 @@
 """The API over a real socket and the `openai` client, on scripted replies."""
 
-import contextlib
-import dataclasses
 import json
 import socket
 
@@ -11,39 +9,8 @@ import pytest
 
 from dsv32_jax.agents import chat
 from dsv32_jax.agents import conversation as conversations
-from dsv32_jax.agents import policy
 from dsv32_jax.data import tokenizer as tokenizers
-from dsv32_jax.generation.server import app as app_lib
-from dsv32_jax.generation.server import runner as runner_lib
-from tests.support import live_server
-from tests.support import scripted_engine
-
-USER = {"role": "user", "content": "What is 1 + 1?"}
-CALL = policy.call("add", '{"a": 1, "note": "\u00e9\\n"}', reasoning="Let me.")
-ANSWER = {
-  "role": "assistant",
-  "content": "It is 2: \u4e2d.",
-  "reasoning_content": "1 and 1",
-}
-TOOL = {
-  "type": "function",
-  "function": {
-    "name": "add",
-    "description": "Adds.",
-    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
-  },
-}
-
-
-@dataclasses.dataclass
-class Served:
-  engine: scripted_engine.ScriptedEngine
-  client: openai.OpenAI
-  root: str
-
-  def chat(self, **changes):
-    arguments = {"model": "m", "messages": [USER], **changes}
-    return self.client.chat.completions.create(**arguments)
+from tests.support import scripted_api
 
 
 @pytest.fixture(scope="module")
@@ -52,86 +19,49 @@ def tokenizer():
 
 
 def reply_ids(tokenizer, message, mode):
-  text = chat.encode_messages([message], mode, context=[USER])
+  text = chat.encode_messages([message], mode, context=[scripted_api.USER])
   return tokenizer.encode_rendered(text)
-
-
-@contextlib.contextmanager
-def serving(tokenizer, script, **changes):
-  engine = scripted_engine.ScriptedEngine(script, tokenizer.eos_id)
-  runner = runner_lib.Runner(engine, max_requests=8)
-  config = app_lib.ServerConfig(model_name="m", max_length=4096, **changes)
-  app = app_lib.make_app(runner, tokenizer, config)
-  options = dict(api_key="key", max_retries=0)
-  with (
-    live_server.serving(app) as url,
-    openai.OpenAI(base_url=f"{url}/v1", **options) as client,
-  ):
-    yield Served(engine, client, url)
 
 
 @pytest.fixture
 def served(tokenizer):
-  """Answers a chat with thinking with a call, without it with text."""
+  """Answers a chat that thinks with a call, any other with text."""
   think_start = tokenizer.special_id("think_start")
 
   def script(prompt_ids):
     if prompt_ids[-1] == think_start:
-      return reply_ids(tokenizer, CALL, "thinking")
-    return reply_ids(tokenizer, ANSWER, "chat")
+      return reply_ids(tokenizer, scripted_api.CALL, "thinking")
+    return reply_ids(tokenizer, scripted_api.ANSWER, "chat")
 
-  with serving(tokenizer, script) as served:
+  with scripted_api.serving(tokenizer, script) as served:
     yield served
 
 
-def thinking(enabled=True):
-  return {"chat_template_kwargs": {"thinking": enabled}}
-
-
-def assembled(stream):
-  """The choices of a stream put together, and the last usage."""
-  choices, usage = {}, None
-  for chunk in stream:
-    usage = chunk.usage or usage
-    for part in chunk.choices:
-      one = choices.setdefault(part.index, {"calls": [], "tokens": []})
-      for name in ("content", "reasoning_content"):
-        text = getattr(part.delta, name, None) or ""
-        one[name] = one.get(name, "") + text
-      one["calls"] += part.delta.tool_calls or []
-      if part.logprobs:
-        one["tokens"] += part.logprobs.content
-      assert "finish" not in one
-      if part.finish_reason:
-        one["finish"] = part.finish_reason
-  return choices, usage
-
-
 def test_a_chat_whole_and_streamed(served, tokenizer):
-  ids = reply_ids(tokenizer, ANSWER, "chat")
+  ids = reply_ids(tokenizer, scripted_api.ANSWER, "chat")
   whole = served.chat(logprobs=True)
   (choice,) = whole.choices
-  assert choice.message.content == ANSWER["content"]
+  assert choice.message.content == scripted_api.ANSWER["content"]
   assert choice.finish_reason == "stop" and not choice.message.tool_calls
   assert [x.logprob for x in choice.logprobs.content] == [-0.5] * len(ids)
   text = "".join(x.token for x in choice.logprobs.content if x.bytes)
   assert text.startswith("It is 2: ")
   (request,) = served.engine.seen
   conversation = conversations.Conversation(tokenizer, "chat")
-  conversation.add(USER)
+  conversation.add(scripted_api.USER)
   assert request.prompt_ids == conversation.prompt_ids()
   assert whole.usage.prompt_tokens == len(request.prompt_ids)
   assert whole.usage.completion_tokens == len(ids)
   room = 4096 - len(request.prompt_ids)
   assert request.sampling.max_tokens == room
-  choices, usage = assembled(
+  choices, usage = scripted_api.assembled(
     served.chat(
       stream=True, stream_options={"include_usage": True}, logprobs=True, n=2
     )
   )
   assert sorted(choices) == [0, 1]
   for one in choices.values():
-    assert one["content"] == ANSWER["content"]
+    assert one["content"] == scripted_api.ANSWER["content"]
     assert one["finish"] == "stop" and len(one["tokens"]) == len(ids)
   assert usage.completion_tokens == 2 * len(ids)
 
@@ -139,41 +69,52 @@ def test_a_chat_whole_and_streamed(served, tokenizer):
 def test_thinking_and_tool_calls_whole_streamed_and_sent_back(
   served, tokenizer
 ):
-  arguments = dict(tools=[TOOL], extra_body=thinking())
+  arguments = dict(
+    tools=[scripted_api.TOOL], extra_body=scripted_api.thinking()
+  )
   whole = served.chat(**arguments)
   (choice,) = whole.choices
   assert choice.finish_reason == "tool_calls"
-  assert choice.message.reasoning_content == CALL["reasoning_content"]
+  assert (
+    choice.message.reasoning_content == scripted_api.CALL["reasoning_content"]
+  )
   (call,) = choice.message.tool_calls
   assert call.function.name == "add"
   assert json.loads(call.function.arguments) == {"a": 1, "note": "\u00e9\n"}
-  choices, _ = assembled(served.chat(stream=True, **arguments))
+  choices, _ = scripted_api.assembled(served.chat(stream=True, **arguments))
   one = choices[0]
   assert one["finish"] == "tool_calls" and one["content"] == ""
-  assert one["reasoning_content"] == CALL["reasoning_content"]
+  assert one["reasoning_content"] == scripted_api.CALL["reasoning_content"]
   (streamed,) = one["calls"]
   assert streamed.index == 0 and streamed.function == type(streamed.function)(
     name="add", arguments=call.function.arguments
   )
   # The reply as the client's library has it, and a result of the call.
   result = {"role": "tool", "tool_call_id": call.id, "content": "2"}
-  served.chat(messages=[USER, choice.message, result], **arguments)
+  served.chat(messages=[scripted_api.USER, choice.message, result], **arguments)
   conversation = conversations.Conversation(tokenizer, "thinking")
-  conversation.add({"role": "system", "content": "", "tools": [TOOL]})
-  for message in (USER, CALL, {"role": "tool", "content": "2"}):
+  conversation.add(
+    {"role": "system", "content": "", "tools": [scripted_api.TOOL]}
+  )
+  for message in (
+    scripted_api.USER,
+    scripted_api.CALL,
+    {"role": "tool", "content": "2"},
+  ):
     conversation.add(message)
   assert served.engine.seen[-1].prompt_ids == conversation.prompt_ids()
 
 
 def test_results_are_put_in_the_order_of_their_calls(served, tokenizer):
   calls = [
-    {"id": name, **CALL["tool_calls"][0]} for name in ("first", "second")
+    {"id": name, **scripted_api.CALL["tool_calls"][0]}
+    for name in ("first", "second")
   ]
   said = {"role": "assistant", "content": "", "tool_calls": calls}
-  messages = [USER, {**said, "tool_calls": calls}]
+  messages = [scripted_api.USER, {**said, "tool_calls": calls}]
   for name in ("second", "first"):
     messages.append({"role": "tool", "tool_call_id": name, "content": name})
-  served.chat(messages=messages, tools=[TOOL])
+  served.chat(messages=messages, tools=[scripted_api.TOOL])
   text = tokenizer.decode(served.engine.seen[-1].prompt_ids)
   assert text.index("<result>first") < text.index("<result>second")
 
@@ -218,7 +159,7 @@ def test_completions(served, tokenizer):
     model="m", prompt=["What", "is"], n=2, max_tokens=50, logprobs=0
   )
   assert [one.index for one in reply.choices] == [0, 1, 2, 3]
-  text = ANSWER["content"]
+  text = scripted_api.ANSWER["content"]
   assert {one.text for one in reply.choices} == {text}
   assert "".join(reply.choices[0].logprobs.tokens)[:9] == text[:9]
   bos, what = tokenizer.bos_id, tokenizer.encode("What")
@@ -263,7 +204,7 @@ def test_a_failure_of_the_engine_is_told(served):
 
 
 def test_a_server_that_is_full_says_so(tokenizer):
-  with serving(tokenizer, lambda prompt: [5] * 10**6) as served:
+  with scripted_api.serving(tokenizer, lambda prompt: [5] * 10**6) as served:
     with pytest.raises(openai.RateLimitError, match="too many requests"):
       served.chat(n=9)
     stream = served.chat(stream=True)
@@ -272,7 +213,7 @@ def test_a_server_that_is_full_says_so(tokenizer):
 
 
 def test_keys_and_bodies(tokenizer):
-  with serving(
+  with scripted_api.serving(
     tokenizer,
     lambda prompt: [tokenizer.eos_id],
     api_keys=("key", "other"),

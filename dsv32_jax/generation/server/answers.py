@@ -102,4 +102,4 @@ async def complete(
   with Answers(runner) as answers:
     await answers.submit([request])
     events = [event async for _, event in answers]
-  return requests_lib.collect(events[-1].request_id, request.prompt_ids, events)
+  return requests_lib.collect(events[-1].request_id, request, events)

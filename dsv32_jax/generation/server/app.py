@@ -19,6 +19,7 @@ import pydantic
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.generation import requests
 from dsv32_jax.generation.server import chat_stream
+from dsv32_jax.generation.server import constraints
 from dsv32_jax.generation.server import errors
 from dsv32_jax.generation.server import gate
 from dsv32_jax.generation.server import metrics as metrics_lib
@@ -71,6 +72,7 @@ def make_app(
   runner: runner_lib.Runner,
   tokenizer: tokenizers.Tokenizer,
   config: ServerConfig,
+  grammars: constraints.Grammars | None = None,
 ):
   """Makes the ASGI application; its end drains the runner.
 
@@ -78,6 +80,7 @@ def make_app(
     runner: of an engine with this tokenizer's eos and decode.
     tokenizer: of the model.
     config: names and limits.
+    grammars: keep to strict schemas; None: those are refused.
   """
 
   @contextlib.asynccontextmanager
@@ -91,7 +94,7 @@ def make_app(
   )
   errors.install(app)
   metrics = metrics_lib.Metrics(runner)
-  server = _Server(runner, tokenizer, config, metrics)
+  server = _Server(runner, tokenizer, config, metrics, grammars)
   _route(app, "/v1/chat/completions", schemas.ChatRequest, server.chat)
   _route(app, "/v1/completions", schemas.CompletionRequest, server.completion)
   app.get("/v1/models")(server.models)
@@ -136,9 +139,10 @@ def _parse(schema: type[pydantic.BaseModel], body: bytes):
 class _Server:
   """The endpoints."""
 
-  def __init__(self, runner, tokenizer, config, metrics):
+  def __init__(self, runner, tokenizer, config, metrics, grammars):
     self._runner, self._tokenizer = runner, tokenizer
     self._config, self._metrics = config, metrics
+    self._grammars = grammars
     self._created = int(time.time())
 
   async def chat(self, request: fastapi.Request, body: schemas.ChatRequest):
@@ -148,15 +152,25 @@ class _Server:
     prompt_ids = await _told(
       prompts.chat_ids, self._tokenizer, body, thinking=thinking
     )
+    new_constraint = await _told(
+      constraints.maker,
+      body,
+      self._tokenizer,
+      self._grammars,
+      thinking=thinking,
+    )
     plan = serving.Plan(
       model=body.model,
-      requests=self._requests(prompt_ids, body, body.most_tokens),
+      requests=self._requests(
+        prompt_ids, body, body.most_tokens, new_constraint
+      ),
       num_prompt_tokens=len(prompt_ids),
       format=replies.ChatFormat(self._tokenizer, bool(body.logprobs)),
       stops=body.stops,
       new_chat=lambda: chat_stream.ChatStream(
         thinking=thinking, with_tools=bool(body.active_tools)
       ),
+      must_call=bool(body.forced_names),
     )
     return await self._answer(request, body, plan)
 
@@ -197,7 +211,9 @@ class _Server:
       return await one.stream(include_usage=body.include_usage)
     return await one.whole(request)
 
-  def _requests(self, prompt_ids, body, most) -> list[requests.Request]:
+  def _requests(
+    self, prompt_ids, body, most, new_constraint=lambda: None
+  ) -> list[requests.Request]:
     room = self._config.max_length - len(prompt_ids)
     if room < 1 or (most is not None and most > room):
       raise errors.ApiError(
@@ -212,6 +228,7 @@ class _Server:
         requests.Request(
           prompt_ids=prompt_ids,
           sampling=body.sampling(room if most is None else most, choice),
+          constraint=new_constraint(),
         )
         for choice in range(body.n or 1)
       ]

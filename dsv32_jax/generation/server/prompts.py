@@ -8,6 +8,7 @@ from dsv32_jax.agents import chat
 from dsv32_jax.agents import token_stream
 from dsv32_jax.agents import tools as tools_lib
 from dsv32_jax.data import tokenizer as tokenizers
+from dsv32_jax.generation.server import schema_parts
 from dsv32_jax.generation.server import schemas
 
 # Checking a schema costs far more than rendering it.
@@ -107,7 +108,7 @@ def format_messages(request: schemas.ChatRequest) -> list[dict[str, Any]]:
   return _with_system(messages, tools, request.response_format)
 
 
-def _message(given: schemas.Message, where: str) -> dict[str, Any]:
+def _message(given: schema_parts.Message, where: str) -> dict[str, Any]:
   if given.tool_call_id is not None:
     raise ValueError(f"{where}: tool_call_id is for messages of role tool")
   if given.role == "assistant":
@@ -125,7 +126,7 @@ def _message(given: schemas.Message, where: str) -> dict[str, Any]:
   return {"role": role, "content": _require_text(given, where)}
 
 
-def _require_text(given: schemas.Message, where: str) -> str:
+def _require_text(given: schema_parts.Message, where: str) -> str:
   if given.text is None:
     raise ValueError(f"{where}: a message of role {given.role} has no content")
   return given.text

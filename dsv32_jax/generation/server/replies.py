@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 import uuid
 
 from dsv32_jax.data import tokenizer as tokenizers
@@ -18,18 +18,26 @@ from dsv32_jax.generation.server import chat_stream
 from dsv32_jax.generation.server import text_stream
 
 
+class Token(NamedTuple):
+  """A token, its log-probability, and the same of the likeliest ones."""
+
+  token_id: int
+  logprob: float
+  top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
   """What one event adds to a choice.
 
   Attributes:
     delta: text and calls that are certain now.
-    tokens: (id, log-probability) drawn since the last step given out.
+    tokens: drawn since the last step given out.
     finish_reason: on the last one.
   """
 
   delta: chat_stream.Delta
-  tokens: tuple[tuple[int, float], ...] = ()
+  tokens: tuple[Token, ...] = ()
   finish_reason: str | None = None
 
 
@@ -55,7 +63,7 @@ class Choice:
       functools.partial(text_stream.decode, tokenizer), stop
     )
     self._chat = chat
-    self._tokens: list[tuple[int, float]] = []
+    self._tokens: list[Token] = []
 
   def push(self, event: requests.TokenEvent) -> Step | None:
     """Takes an event; None where nothing is certain yet."""
@@ -66,7 +74,7 @@ class Choice:
       self.num_tokens += 1
       # JSON has no infinities, and the API this number in their place.
       logprob = event.logprob if math.isfinite(event.logprob) else -9999.0
-      self._tokens.append((event.token_id, logprob))
+      self._tokens.append(Token(event.token_id, logprob, event.top_logprobs))
       if not (reason == "stop" and event.token_id == self._eos_id):
         text = self._text.push(event.token_id)
     if reason is None and self._text.stopped:
@@ -165,9 +173,17 @@ class ChatFormat:
   def _logprobs(self, tokens) -> dict[str, Any] | None:
     if not self._with_logprobs or not tokens:
       return None
-    return {"content": [self._token(*token) for token in tokens]}
+    return {
+      "content": [
+        {
+          **self._told(token.token_id, token.logprob),
+          "top_logprobs": [self._told(*one) for one in token.top],
+        }
+        for token in tokens
+      ]
+    }
 
-  def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+  def _told(self, token_id: int, logprob: float) -> dict[str, Any]:
     text = text_stream.decode(self._tokenizer, [token_id])
     broken = text_stream.BROKEN in text
     return {
@@ -175,7 +191,6 @@ class ChatFormat:
       "logprob": logprob,
       # The bytes of a part of a character are not known here.
       "bytes": None if broken else list(text.encode()),
-      "top_logprobs": [],
     }
 
 
@@ -207,14 +222,21 @@ class CompletionFormat:
   def _logprobs(self, tokens) -> dict[str, Any] | None:
     if not self._with_logprobs:
       return None
+    with_top = any(token.top for token in tokens)
     return {
-      "tokens": [
-        text_stream.decode(self._tokenizer, [token]) for token, _ in tokens
-      ],
-      "token_logprobs": [logprob for _, logprob in tokens],
-      "top_logprobs": None,
+      "tokens": [self._text(token.token_id) for token in tokens],
+      "token_logprobs": [token.logprob for token in tokens],
+      "top_logprobs": [
+        {self._text(token_id): logprob for token_id, logprob in token.top}
+        for token in tokens
+      ]
+      if with_top
+      else None,
       "text_offset": None,
     }
+
+  def _text(self, token_id: int) -> str:
+    return text_stream.decode(self._tokenizer, [token_id])
 
 
 def _call(call: chat_stream.Call) -> dict[str, Any]:

@@ -5,149 +5,33 @@ server cannot honour: nothing is left out in silence. None stands for a field
 that is not given.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from dsv32_jax.generation import requests
+from dsv32_jax.generation.server import schema_parts
 
 MAX_STOPS = 16
 MAX_CHOICES = 64
 MAX_PROMPTS = 64
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 128
+MAX_BIASES = 1024
 
 
-def _only(*allowed):
-  """Makes a check that a value is one of these or None."""
-
-  def check(value):
-    if value is not None and value not in allowed:
-      shown = " or ".join(repr(one) for one in allowed)
-      raise ValueError(f"this server supports only {shown}")
-    return value
-
-  return pydantic.AfterValidator(check)
+def _token_id(text: str) -> int:
+  if not re.fullmatch("[0-9]{1,9}", text):
+    raise ValueError("a token's id has to be a decimal number")
+  return int(text)
 
 
-class _Strict(pydantic.BaseModel):
-  """No conversions, no further fields, no infinities."""
-
-  model_config = pydantic.ConfigDict(
-    extra="forbid", strict=True, allow_inf_nan=False
-  )
+# JSON's keys are texts.
+TokenId = Annotated[str, pydantic.AfterValidator(_token_id)]
 
 
-class TextPart(_Strict):
-  """A part of a message's content; there are no others than text."""
-
-  type: Literal["text"]
-  text: str
-
-
-class Function(_Strict):
-  """What a call calls; arguments is the text of a JSON object."""
-
-  name: str
-  arguments: str
-
-
-class ToolCall(_Strict):
-  """A call of an earlier reply."""
-
-  id: str
-  type: Literal["function"] = "function"
-  function: Function
-  index: int | None = None
-
-
-Nothing = Annotated[Any, _only((), [], {})]
-
-
-class Message(_Strict):
-  """One message of a chat, of any role.
-
-  What only other models have (refusal, audio, ...) may be there, but empty: a
-  reply comes back as the client's library holds it.
-  """
-
-  role: Literal["system", "developer", "user", "assistant", "tool"]
-  content: str | list[TextPart] | None = None
-  name: str | None = None
-  reasoning_content: str | None = None
-  tool_calls: list[ToolCall] | None = None
-  tool_call_id: str | None = None
-  refusal: Nothing = None
-  annotations: Nothing = None
-  audio: Nothing = None
-  function_call: Nothing = None
-
-  @property
-  def text(self) -> str | None:
-    """The content, its parts joined."""
-    if isinstance(self.content, list):
-      return "".join(part.text for part in self.content)
-    return self.content
-
-
-class ToolFunction(_Strict):
-  """A function that the model may call; see `agents.tools`."""
-
-  name: str
-  description: str = ""
-  parameters: dict[str, Any] | None = None
-  strict: Annotated[bool | None, _only(False)] = None
-
-
-class Tool(_Strict):
-  """A tool; there are no others than functions."""
-
-  type: Literal["function"]
-  function: ToolFunction
-
-
-class JsonSchema(_Strict):
-  """A schema of the reply; name and description are not shown."""
-
-  name: str
-  description: str | None = None
-  schema_: dict[str, Any] = pydantic.Field(alias="schema")
-  strict: Annotated[bool | None, _only(False)] = None
-
-
-class ResponseFormat(_Strict):
-  """A schema is shown to the model; nothing forces it to keep to it."""
-
-  type: Annotated[str, _only("text", "json_schema")]
-  json_schema: JsonSchema | None = None
-
-  @pydantic.model_validator(mode="after")
-  def _check(self):
-    if (self.type == "json_schema") != (self.json_schema is not None):
-      raise ValueError("json_schema goes with type 'json_schema'")
-    return self
-
-
-class StreamOptions(_Strict):
-  """Whether a stream ends with its token counts."""
-
-  include_usage: bool = False
-  include_obfuscation: Annotated[bool | None, _only(False)] = None
-
-
-class Thinking(_Strict):
-  """As in DeepSeek's own API."""
-
-  type: Literal["enabled", "disabled"]
-
-
-class TemplateArguments(_Strict):
-  """As other servers of this model have it."""
-
-  thinking: bool
-
-
-class _Sampling(_Strict):
+class _Sampling(schema_parts.Strict):
   """How to draw, whatever the prompt is; see `requests.SamplingParameters`."""
 
   model: str
@@ -168,17 +52,25 @@ class _Sampling(_Strict):
   ) = None
   ignore_eos: bool | None = None
   stream: bool | None = None
-  stream_options: StreamOptions | None = None
+  stream_options: schema_parts.StreamOptions | None = None
   user: str | None = None
-  frequency_penalty: Annotated[float | None, _only(0)] = None
-  presence_penalty: Annotated[float | None, _only(0)] = None
-  logit_bias: Annotated[dict[str, float] | None, _only({})] = None
+  frequency_penalty: float | None = None
+  presence_penalty: float | None = None
+  logit_bias: (
+    Annotated[dict[TokenId, float], pydantic.Field(max_length=MAX_BIASES)]
+    | None
+  ) = None
 
   @pydantic.model_validator(mode="after")
   def _check_stream(self):
     if self.stream_options is not None and not self.stream:
       raise ValueError("stream_options goes with stream")
     return self
+
+  @property
+  def num_top_logprobs(self) -> int:
+    """How many of the likeliest tokens are told with each."""
+    return 0
 
   @property
   def include_usage(self) -> bool:
@@ -204,11 +96,15 @@ class _Sampling(_Strict):
     """
     given = {
       name: getattr(self, name)
-      for name in ("temperature", "top_p", "top_k", "min_p", "ignore_eos")
+      for name in (
+        *("temperature", "top_p", "top_k", "min_p", "ignore_eos"),
+        *("presence_penalty", "frequency_penalty", "logit_bias"),
+      )
       if getattr(self, name) is not None
     }
     return requests.SamplingParameters(
       max_tokens=max_tokens,
+      top_logprobs=self.num_top_logprobs,
       stop=self.stops,
       seed=None if self.seed is None else self.seed + choice,
       **given,
@@ -219,20 +115,24 @@ class ChatRequest(_Sampling):
   """The body of /v1/chat/completions."""
 
   messages: Annotated[
-    list[Message], pydantic.Field(min_length=1, max_length=MAX_MESSAGES)
+    list[schema_parts.Message],
+    pydantic.Field(min_length=1, max_length=MAX_MESSAGES),
   ]
   max_completion_tokens: int | None = None
-  tools: Annotated[list[Tool], pydantic.Field(max_length=MAX_TOOLS)] | None = (
-    None
-  )
-  tool_choice: Annotated[Any, _only("auto", "none")] = None
-  parallel_tool_calls: Annotated[bool | None, _only(True)] = None
-  response_format: ResponseFormat | None = None
+  tools: (
+    Annotated[list[schema_parts.Tool], pydantic.Field(max_length=MAX_TOOLS)]
+    | None
+  ) = None
+  tool_choice: (
+    Literal["auto", "none", "required"] | schema_parts.ToolChoice | None
+  ) = None
+  parallel_tool_calls: Annotated[bool | None, schema_parts.only(True)] = None
+  response_format: schema_parts.ResponseFormat | None = None
   logprobs: bool | None = None
-  top_logprobs: Annotated[int | None, _only(0)] = None
-  thinking: Thinking | None = None
-  chat_template_kwargs: TemplateArguments | None = None
-  store: Annotated[bool | None, _only(False)] = None
+  top_logprobs: int | None = None
+  thinking: schema_parts.Thinking | None = None
+  chat_template_kwargs: schema_parts.TemplateArguments | None = None
+  store: Annotated[bool | None, schema_parts.only(False)] = None
   metadata: dict[str, str] | None = None
 
   @pydantic.model_validator(mode="after")
@@ -242,7 +142,13 @@ class ChatRequest(_Sampling):
       raise ValueError("max_tokens and max_completion_tokens differ")
     if self.thinking is not None and self.chat_template_kwargs is not None:
       raise ValueError("thinking and chat_template_kwargs: give one")
+    if self.top_logprobs and not self.logprobs:
+      raise ValueError("top_logprobs goes with logprobs")
     return self
+
+  @property
+  def num_top_logprobs(self) -> int:
+    return self.top_logprobs or 0
 
   @property
   def most_tokens(self) -> int | None:
@@ -251,9 +157,40 @@ class ChatRequest(_Sampling):
     return self.max_tokens
 
   @property
-  def active_tools(self) -> list[Tool]:
+  def active_tools(self) -> list[schema_parts.Tool]:
     """The tools that the model is shown."""
     return [] if self.tool_choice == "none" else self.tools or []
+
+  @property
+  def strict_schema(self) -> dict[str, Any] | None:
+    """What the reply is held to, or None."""
+    match self.response_format:
+      case schema_parts.ResponseFormat(type="json_object"):
+        return {"type": "object"}
+      case schema_parts.ResponseFormat(
+        json_schema=schema_parts.JsonSchema(strict=True, schema_=schema)
+      ):
+        return schema
+    return None
+
+  @property
+  def forced_names(self) -> list[str]:
+    """Names of the tools of which one has to be called; none: no call has to.
+
+    Raises:
+      ValueError: there is no such tool.
+    """
+    names = [tool.function.name for tool in self.tools or []]
+    if isinstance(self.tool_choice, schema_parts.ToolChoice):
+      if self.tool_choice.function.name not in names:
+        raise ValueError(
+          f"tool_choice: {self.tool_choice.function.name!r} is not one of the"
+          f" tools {names}"
+        )
+      return [self.tool_choice.function.name]
+    if self.tool_choice == "required" and not names:
+      raise ValueError("tool_choice: 'required' goes with tools")
+    return names if self.tool_choice == "required" else []
 
   def is_thinking(self, default: bool) -> bool:
     if self.thinking is not None:
@@ -275,10 +212,14 @@ class CompletionRequest(_Sampling):
 
   prompt: str | list[str] | TokenIds | list[TokenIds]
   add_special_tokens: bool | None = None
-  logprobs: Annotated[int | None, _only(0)] = None
-  echo: Annotated[bool | None, _only(False)] = None
-  best_of: Annotated[int | None, _only(1)] = None
-  suffix: Annotated[str | None, _only("")] = None
+  logprobs: int | None = None
+  echo: Annotated[bool | None, schema_parts.only(False)] = None
+  best_of: Annotated[int | None, schema_parts.only(1)] = None
+  suffix: Annotated[str | None, schema_parts.only("")] = None
+
+  @property
+  def num_top_logprobs(self) -> int:
+    return self.logprobs or 0
 
   @property
   def prompts(self) -> list[str | TokenIds]:

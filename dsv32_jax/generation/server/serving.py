@@ -36,6 +36,7 @@ class Plan:
     format: makes the objects of the reply.
     stops: strings that end a choice.
     new_chat: reads the text of a choice; None: it is content.
+    must_call: whether a choice that ends without a tool call is an error.
   """
 
   model: str
@@ -44,6 +45,7 @@ class Plan:
   format: replies.ChatFormat | replies.CompletionFormat
   stops: tuple[str, ...]
   new_chat: Callable[[], chat_stream.ChatStream] | None = None
+  must_call: bool = False
 
 
 class Reply:
@@ -125,7 +127,26 @@ class Reply:
         if event.finish_reason is None:
           # A stop string was seen here before the engine saw it.
           self._answers.cancel(index)
+      if step.finish_reason == "stop":
+        self._require_kept(index)
       yield index, step
+
+  def _require_kept(self, index: int) -> None:
+    """Raises where a choice has ended and is not what was asked for."""
+    if self._plan.must_call:
+      raise errors.ApiError(
+        500,
+        "the model began the tool call that tool_choice asks for, but what it"
+        " wrote is none",
+        code="no_tool_call",
+      )
+    constraint = self._plan.requests[index].constraint
+    if constraint is not None and constraint.failure is not None:
+      raise errors.ApiError(
+        500,
+        f"the reply could not be held to its schema: {constraint.failure}",
+        code="schema_not_kept",
+      )
 
   async def _collect(self) -> dict[str, Any]:
     steps: list[list[replies.Step]] = [[] for _ in self._choices]

@@ -1,0 +1,54 @@
+"""What a chat request demands of the tokens of its reply."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from dsv32_jax.data import tokenizer as tokenizers
+from dsv32_jax.generation import requests
+from dsv32_jax.generation.server import forced_calls
+from dsv32_jax.generation.server import schemas
+
+Maker = Callable[[], requests.Constraint | None]
+
+
+class Grammars(Protocol):
+  """What keeps replies to schemas; `json_grammar.JsonGrammars` is one."""
+
+  def constraints(
+    self, schema: Any, *, thinking: bool
+  ) -> Callable[[], requests.Constraint]:
+    """Returns a function that makes a constraint for each answer."""
+
+
+def maker(
+  request: schemas.ChatRequest,
+  tokenizer: tokenizers.Tokenizer,
+  grammars: Grammars | None,
+  *,
+  thinking: bool,
+) -> Maker:
+  """Returns what makes a choice's constraint.
+
+  Args:
+    request: what is asked.
+    tokenizer: of the model.
+    grammars: keep to strict schemas; None: those are refused.
+    thinking: whether the reply begins with thinking.
+
+  Raises:
+    ValueError: the request cannot be honoured.
+  """
+  names, schema = request.forced_names, request.strict_schema
+  if schema is None:
+    if not names:
+      return lambda: None
+    forced = forced_calls.ForcedCalls(tokenizer, names, thinking=thinking)
+    return lambda: forced
+  if request.active_tools:
+    raise ValueError("response_format: what is strict goes with no tools")
+  if grammars is None:
+    raise ValueError(
+      "response_format: this server holds no reply to a schema; it would with"
+      " --strict_schemas"
+    )
+  return grammars.constraints(schema, thinking=thinking)

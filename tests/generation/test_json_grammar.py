@@ -1,0 +1,106 @@
+"""Replies held to a schema, against the check of another library."""
+
+import json
+
+import jsonschema
+import numpy as np
+import pytest
+
+from dsv32_jax.data import tokenizer as tokenizers
+from dsv32_jax.generation.server import json_grammar
+
+SCHEMA = {
+  "type": "object",
+  "properties": {
+    "id": {"type": "integer", "minimum": -9, "maximum": 9},
+    "kind": {"enum": ["what", "it \u00e9"]},
+    "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    "note": {"type": "string", "maxLength": 5},
+  },
+  "required": ["id", "kind", "tags", "note"],
+  "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return tokenizers.train(["hi there, what is it?"] * 5, 300)
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer):
+  return json_grammar.JsonGrammars(tokenizer)
+
+
+def ids_of(allowed_W):
+  bits = np.unpackbits(allowed_W.view(np.uint8), bitorder="little")
+  return np.flatnonzero(bits)
+
+
+def written(constraint, tokenizer, seed, drawn=()):
+  """Draws evenly from what is allowed, up to the end."""
+  generator, drawn = np.random.default_rng(seed), list(drawn)
+  while not drawn or drawn[-1] != tokenizer.eos_id:
+    drawn.append(int(generator.choice(ids_of(constraint.allowed(drawn)))))
+    assert len(drawn) < 4000
+  return drawn
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_is_drawn_keeps_to_the_schema(grammars, tokenizer, seed):
+  new = grammars.constraints(SCHEMA, thinking=False)
+  first, second = new(), new()
+  drawn = written(first, tokenizer, seed)
+  jsonschema.validate(json.loads(tokenizer.decode(drawn[:-1])), SCHEMA)
+  assert first.failure is None
+  # Another answer has a place of its own, and nothing hangs on how often it
+  # is asked.
+  for count in range(0, len(drawn), 7):
+    again = ids_of(second.allowed(drawn[:count]))
+    assert drawn[count] in again
+    np.testing.assert_array_equal(ids_of(second.allowed(drawn[:count])), again)
+  # Whoever goes on behind the end may only end again.
+  assert ids_of(first.allowed(drawn)).tolist() == [tokenizer.eos_id]
+
+
+def test_thinking_is_free_and_does_not_end_the_answer(grammars, tokenizer):
+  (constraint,) = [grammars.constraints(SCHEMA, thinking=True)()]
+  free = ids_of(constraint.allowed([]))
+  assert tokenizer.eos_id not in free
+  assert set(range(tokenizer.vocab_size)) - set(free) == {tokenizer.eos_id}
+  thought = [*tokenizer.encode("what {"), tokenizer.special_id("think_end")]
+  drawn = written(constraint, tokenizer, 1, thought)
+  text = tokenizer.decode(drawn[len(thought) : -1])
+  jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_no_special_token_is_text(grammars, tokenizer):
+  constraint = grammars.constraints({"type": "string"}, thinking=False)()
+  allowed = ids_of(constraint.allowed(tokenizer.encode('"')))
+  assert len(allowed) > 100
+  assert not set(allowed) & set(tokenizer.special_ids)
+
+
+def test_what_the_schema_forbids_ends_the_answer_as_a_failure(
+  grammars, tokenizer
+):
+  """As where more than the constraint decides what is drawn."""
+  constraint = grammars.constraints({"type": "integer"}, thinking=False)()
+  allowed = constraint.allowed(tokenizer.encode("x"))
+  assert ids_of(allowed).tolist() == [tokenizer.eos_id]
+  assert constraint.failure
+
+
+@pytest.mark.parametrize(
+  "schema,message",
+  [
+    ({"type": "frob"}, "frob"),
+    ({"$ref": "http://x.y/z"}, "http://x.y/z"),
+    ({"not": {"type": "string"}}, "not"),
+    ({"oneOf": [{"type": "string"}, {"minLength": 3}]}, "oneOf"),
+    ({"type": "string", "pattern": "(?=a)b"}, "look"),
+  ],
+)
+def test_schemas_that_cannot_be_kept_to(grammars, schema, message):
+  with pytest.raises(ValueError, match=f"response_format: .*{message}"):
+    grammars.constraints(schema, thinking=False)

@@ -1,0 +1,95 @@
+"""What a request may ask of the drawing: penalties, biases, forced calls."""
+
+import json
+
+import openai
+import pytest
+
+from dsv32_jax.agents import chat
+from dsv32_jax.agents import chat_format
+from dsv32_jax.data import tokenizer as tokenizers
+from tests.support import scripted_api
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return tokenizers.train(["What is it? It is what it is."] * 5, 300)
+
+
+@pytest.fixture
+def served(tokenizer):
+  script = [*tokenizer.encode("It is what it is."), tokenizer.eos_id]
+  with scripted_api.serving(tokenizer, lambda prompt: script) as served:
+    yield served
+
+
+def test_penalties_biases_and_likeliest_tokens(served, tokenizer):
+  choice = served.chat(
+    presence_penalty=0.5, frequency_penalty=-1, logit_bias={"7": 2, "09": -3.5},
+    logprobs=True, top_logprobs=3, max_tokens=4,
+  ).choices[0]  # fmt: skip
+  sampling = served.engine.seen[0].sampling
+  assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -1)
+  assert sampling.logit_bias == ((7, 2), (9, -3.5))
+  for one in choice.logprobs.content:
+    assert [x.logprob for x in one.top_logprobs] == [-40.5, -41.5, -42.5]
+    want = [tokenizer.decode([n]) for n in (40, 41, 42)]
+    assert [x.token for x in one.top_logprobs] == want
+    assert bytes(one.top_logprobs[0].bytes).decode() == want[0]
+  (choice,) = served.client.completions.create(
+    model="m", prompt="What", max_tokens=4, logprobs=2
+  ).choices
+  want = {tokenizer.decode([n]): -0.5 - n for n in (40, 41)}
+  assert choice.logprobs.top_logprobs == [want] * 4
+
+
+FORCED = {"type": "function", "function": {"name": "add"}}
+OTHER = {
+  "type": "function",
+  "function": {"name": "sub", "parameters": {"type": "object"}},
+}
+
+
+@pytest.mark.parametrize("mode", ["chat", "thinking"])
+@pytest.mark.parametrize("choice", ["required", FORCED])
+def test_a_call_that_has_to_be_made(tokenizer, choice, mode):
+  """A script that says something else first, and knows the arguments."""
+  begun = "".join(chat_format.first_call_block("add"))
+  text = chat.encode_messages(
+    [scripted_api.CALL], mode, context=[scripted_api.USER]
+  )
+  thought, _, rest = text.partition(begun)
+  script = tokenizer.encode_rendered(thought) + tokenizer.encode_rendered(rest)
+  asked = dict(
+    tools=[scripted_api.TOOL, OTHER],
+    tool_choice=choice,
+    extra_body=scripted_api.thinking(mode == "thinking"),
+  )
+  with scripted_api.serving(tokenizer, lambda prompt: script) as served:
+    whole = served.chat(**asked).choices[0]
+    parts, _ = scripted_api.assembled(served.chat(stream=True, **asked))
+  (call,) = whole.message.tool_calls
+  assert (call.function.name, whole.finish_reason) == ("add", "tool_calls")
+  want = json.loads(scripted_api.CALL["tool_calls"][0]["function"]["arguments"])
+  assert json.loads(call.function.arguments) == want
+  reasoning = getattr(whole.message, "reasoning_content", None)
+  assert reasoning == (
+    scripted_api.CALL["reasoning_content"] if thought else None
+  )
+  assert parts[0]["calls"][0].function.name == "add"
+  assert parts[0]["finish"] == "tool_calls"
+
+
+def test_a_forced_call_that_the_model_spoils(tokenizer):
+  def script(prompt_ids):
+    del prompt_ids
+    return [*tokenizer.encode("It is"), tokenizer.eos_id]
+
+  asked = dict(tools=[scripted_api.TOOL], tool_choice="required")
+  with scripted_api.serving(tokenizer, script) as served:
+    with pytest.raises(openai.InternalServerError, match="what it wrote is"):
+      served.chat(**asked)
+    with pytest.raises(openai.APIError, match="what it wrote is none"):
+      list(served.chat(stream=True, **asked))
+    (cut,) = served.chat(max_tokens=9, **asked).choices
+    assert cut.finish_reason == "length" and not cut.message.tool_calls
