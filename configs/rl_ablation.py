@@ -21,14 +21,14 @@ from experiments import common
 
 def full() -> run_config.RlConfig:
   config = rl.tiny(
-    rollouts=40,
+    rollouts=32,
     optimizer=optimizer.OptimizerConfig(
       schedule=schedule.ScheduleConfig(peak=1e-3, warmup_steps=10),
       weight_decay=0.0,
     ),
     weights_every=4,
-    evaluation=run_config.EvaluationConfig(every=40, problems=400),
-    checkpoint=checkpoint.CheckpointConfig(every_steps=20, max_to_keep=1),
+    evaluation=run_config.EvaluationConfig(every=32, problems=400),
+    checkpoint=checkpoint.CheckpointConfig(every_steps=16, max_to_keep=1),
   )
   learner = config.learner
   return dataclasses.replace(
