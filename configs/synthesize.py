@@ -14,13 +14,17 @@ Questions that only code answers: :interpreter (the paper's 5,908), a few:
 
 Written by a model behind an OpenAI-compatible server, such as
 experiments.serve, and not by procedure: :authored (databases with tools and
-tasks) and :search_authored (questions; helpful prompts scored by the model),
-with --config.base_url=http://HOST:PORT/v1 --config.model=NAME
+tasks), :search_authored (questions; helpful prompts scored by the model) and
+:interpreter_authored, with
+--config.base_url=http://HOST:PORT/v1 --config.model=NAME
 """
 
 from dsv32_jax.agents.synthesis.code import pipeline as code
 from dsv32_jax.agents.synthesis.general import authored
 from dsv32_jax.agents.synthesis.general import pipeline
+from dsv32_jax.agents.synthesis.interpreter import (
+  authored as interpreter_authored,
+)
 from dsv32_jax.agents.synthesis.interpreter import pipeline as interpreter
 from dsv32_jax.agents.synthesis.search import authored as search_authored
 from dsv32_jax.agents.synthesis.search import pipeline as search
@@ -43,6 +47,7 @@ def get_config(variant: str = "paper"):
     "interpreter_small": lambda: interpreter.InterpreterSynthesisConfig(
       num_tasks=32, num_trajectories=4
     ),
+    "interpreter_authored": interpreter_authored.InterpreterAuthoringConfig,
     "search": search.SearchSynthesisConfig,
     "search_authored": search_authored.SearchAuthoringConfig,
     "search_small": lambda: search.SearchSynthesisConfig(
@@ -51,9 +56,8 @@ def get_config(variant: str = "paper"):
       modules=("email", "http", "asyncio", "xml", "multiprocessing", "json"),
     ),
   }
-  # The family of a variant is in its name, where it is not "general".
-  families = ("authored", "code", "interpreter", "search", "search_authored")
   config = common.config_variant(variants, variant)
+  # The family is in the name of a variant, where it is not "general".
   family = variant.removesuffix("_small")
-  config.family = family if family in families else "general"
+  config.family = "general" if family in ("paper", "small") else family
   return config

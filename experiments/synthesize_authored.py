@@ -8,6 +8,8 @@ from dsv32_jax.agents import policy as policies
 from dsv32_jax.agents import sandbox
 from dsv32_jax.agents.repository import workspace as workspaces
 from dsv32_jax.agents.synthesis.general import authored as general
+from dsv32_jax.agents.synthesis.interpreter import authored as interpreter
+from dsv32_jax.agents.synthesis.interpreter import pipeline
 from dsv32_jax.agents.synthesis.search import answering
 from dsv32_jax.agents.synthesis.search import authored as search
 from dsv32_jax.agents.synthesis.search import campaign
@@ -69,6 +71,16 @@ def _search(config, workdir, bar):
   )
 
 
+def _interpreter(config, workdir, bar):
+  """Has problems written that only code answers."""
+  author = policy(config.base_url, config.model)
+  box = sandbox.Sandbox(sandbox.probe().require())
+  interpreter.run(config, workdir, author, author, box, bar("task"))
+  pipeline.export(workdir, config.num_trajectories)
+  found = pipeline.report(workdir)
+  return found, f"{found['tasks']} tasks of {found['candidates']} candidates"
+
+
 def _rubric_score(make, question, answer, criteria):
   """Scores an answer by the model's grades; in a thread, with its own loop."""
 
@@ -88,5 +100,9 @@ def _rubric_score(make, question, answer, criteria):
 # As synthesize.FAMILIES.
 FAMILIES = {
   "authored": (general.GeneralAuthoringConfig, _general),
+  "interpreter_authored": (
+    interpreter.InterpreterAuthoringConfig,
+    _interpreter,
+  ),
   "search_authored": (search.SearchAuthoringConfig, _search),
 }

@@ -8,6 +8,7 @@ model is told what is wrong and may go on.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 import dataclasses
+import json
 import pathlib
 import re
 from typing import Any
@@ -133,6 +134,16 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """Returns all candidates in the order of their ids."""
   found = tables.read_jsonl(workdir / CANDIDATES_FILE)
   return sorted(found, key=lambda row: row["id"])
+
+
+def kept_fingerprints(workdir: pathlib.Path) -> set[str]:
+  """Returns those of the folder's kept candidates; none if it is new."""
+  path = workdir / CANDIDATES_FILE
+  content = path.read_bytes() if path.exists() else b""
+  # What a kill cut off has no line end, and is dropped by whoever appends.
+  whole = content[: content.rfind(b"\n") + 1].splitlines()
+  found = [json.loads(line) for line in whole]
+  return {row["fingerprint"] for row in found if num_tasks(row)}
 
 
 def unfinished(result: loop.EpisodeResult) -> str:

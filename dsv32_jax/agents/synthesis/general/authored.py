@@ -92,14 +92,7 @@ def run(
     progress: wraps the numbers of tasks that are still to be made.
   """
   source = search_index.LocalIndex(config.corpus) if config.corpus else None
-  taken = set()
-  if (workdir / authoring.CANDIDATES_FILE).exists():
-    campaign.drop_partial_line(workdir / authoring.CANDIDATES_FILE)
-    taken = {
-      row["fingerprint"]
-      for row in authoring.rows(workdir)
-      if row["status"] == "kept"
-    }
+  taken = authoring.kept_fingerprints(workdir)
   make = functools.partial(
     candidate, config, author, solver, box, source=source, taken=taken
   )
