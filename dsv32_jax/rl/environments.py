@@ -19,6 +19,7 @@ from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.synthesis.general import campaign
 from dsv32_jax.agents.synthesis.general import lookups
+from dsv32_jax.agents.synthesis.general import solving
 from dsv32_jax.rl import episode_config
 from dsv32_jax.verifiers.tasks import arithmetic
 from dsv32_jax.verifiers.tasks import problem as problem_lib
@@ -177,7 +178,7 @@ def _general_task(record, task) -> EpisodeTask:
     id=f"{record['fingerprint']}/{statement[:16]}",
     domain=record["domain"],
     make=functools.partial(general.GeneralEnvironment, record, task),
-    solve=functools.partial(lookups.solution_calls, record, task),
+    solve=functools.partial(solving.solution_calls, record, task),
   )
 
 

@@ -22,6 +22,7 @@ from dsv32_jax.agents.environments import calculator
 from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.synthesis.general import lookups
+from dsv32_jax.agents.synthesis.general import solving
 from dsv32_jax.data import pieces
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.rl import demonstrations
@@ -97,7 +98,7 @@ def test_look_ups_accept_their_solution_and_nothing_else(domain):
   for _ in range(12):
     record = lookups.draw(domain, rng)
     (task,) = record["tasks"]
-    calls = lookups.solution_calls(record, task)
+    calls = solving.solution_calls(record, task)
     environment = general.GeneralEnvironment(record, task)
     environment.begin()
     for name, arguments in calls:
@@ -170,6 +171,10 @@ def test_seeds_are_the_tokens_that_a_sampler_would_see():
     assert list(part.token_ids) == token_ids
     assert list(part.written) == learnt
     assert result.reward == 1 and result.num_bad_calls == 0
+    # Tools are told by their signatures, a line each.
+    system = result.messages[0]
+    assert "tools" not in system
+    assert ")\nsubmit" in system["content"] and "description" not in system
 
 
 def episode(value, *, finish="done", tokens=10):

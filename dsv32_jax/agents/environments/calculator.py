@@ -9,7 +9,6 @@ from typing import Any
 from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import checked
 from dsv32_jax.agents.environments import protocol
-from dsv32_jax.agents.synthesis.general import tasks
 
 MAX_STEPS = 20
 # Beyond it a product of products would grow without end.
@@ -19,15 +18,15 @@ _STEP = re.compile(r"\s*(-?[0-9]{1,13})\s*([-+*])\s*(-?[0-9]{1,13})\s*")
 
 
 TOOLS = (
-  protocol.ToolSchema(
-    name="calculate",
-    description="Tells what two integers give, such as 3 * -4.",
-    parameters=tasks.object_schema({"step": {"type": "string"}}),
+  protocol.tool(
+    "calculate",
+    "Tells what two integers give, such as 3 * -4.",
+    {"step": {"type": "string"}},
   ),
-  protocol.ToolSchema(
-    name="submit",
-    description="Submits the answer and ends the task.",
-    parameters=tasks.object_schema({"answer": {"type": "integer"}}),
+  protocol.tool(
+    "submit",
+    "Submits the answer and ends the task.",
+    {"answer": {"type": "integer"}},
   ),
 )
 _CHECKER = tools.CallChecker(TOOLS)

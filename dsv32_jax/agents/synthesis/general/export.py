@@ -27,7 +27,7 @@ from dsv32_jax.agents import tables
 from dsv32_jax.agents import tools
 from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.synthesis.general import campaign
-from dsv32_jax.agents.synthesis.general import programs
+from dsv32_jax.agents.synthesis.general import solving
 
 _TEXT, _NUMBER = pa.string(), pa.int64()
 TASK_SCHEMA = pa.schema(
@@ -109,19 +109,12 @@ def trajectory(record, task) -> tuple[list[dict[str, Any]], float]:
   """Plays a task's solution; returns its messages and the reward."""
   environment = general.GeneralEnvironment(record, task)
   start = environment.begin()
-  calls: list[tuple[str, Any, Any]] = []
-  functions = environment.tools.functions(calls)
-  answer = programs.load(task["solution"], "solve", functions)()
-  submitted = {"answer_text": json.dumps(answer, ensure_ascii=False)}
   shown = tools.CallChecker(start.tools).descriptions()
   messages = [
     {"role": "system", "content": "", "tools": shown},
     {"role": "user", "content": start.observation},
   ]
-  for name, arguments in [
-    *((name, arguments) for name, arguments, _ in calls),
-    ("submit_result", submitted),
-  ]:
+  for name, arguments in solving.solution_calls(record, task):
     step = environment.call(name, arguments)
     text = json.dumps(arguments, ensure_ascii=False)
     call = {"type": "function", "function": {"name": name, "arguments": text}}

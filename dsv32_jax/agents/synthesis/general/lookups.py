@@ -6,15 +6,12 @@ verifier are made of the same parts as those of the whole synthesis.
 """
 
 import dataclasses
-import json
 import random
 from typing import Any
 
-from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.environments import read_only
 from dsv32_jax.agents.synthesis.general import database
 from dsv32_jax.agents.synthesis.general import domains
-from dsv32_jax.agents.synthesis.general import programs
 from dsv32_jax.agents.synthesis.general import schema
 from dsv32_jax.agents.synthesis.general import tasks
 from dsv32_jax.agents.synthesis.general import toolset as toolset_lib
@@ -60,27 +57,6 @@ def draw(domain_name: str, rng: random.Random) -> dict[str, Any]:
     "tools": [spec.dump() for spec in toolset.specs()],
     "tasks": [{"id": f"{fingerprint}-0", **dataclasses.asdict(task)}],
   }
-
-
-def solution_calls(record, task) -> list[tuple[str, dict[str, Any]]]:
-  """Runs a task's solution; returns its calls and the one that submits.
-
-  Args:
-    record: of any general environment.
-    task: one of its tasks.
-  """
-  environment = general.GeneralEnvironment(record, task)
-  try:
-    calls: list[tuple[str, Any, Any]] = []
-    functions = environment.tools.functions(calls)
-    answer = programs.load(task["solution"], "solve", functions)()
-  finally:
-    environment.connection.close()
-  submitted = {"answer_text": json.dumps(answer, ensure_ascii=False)}
-  return [
-    *((name, arguments) for name, arguments, _ in calls),
-    ("submit_result", submitted),
-  ]
 
 
 def _variant(domain: schema.Domain, rng: random.Random) -> schema.Domain:
