@@ -310,8 +310,13 @@ def _gather_forward(share, hops, dtype):
 def _gather_backward(hops, dtype, _, gradient):
   del dtype
   for dimension, axis in reversed(hops):
+    # The parts are an axis of their own: scattered as tiles, parts that do not
+    # fill a TPU's registers are all reduced on every device.
+    shape, parts = gradient.shape, jax.lax.axis_size(axis)
     gradient = jax.lax.psum_scatter(
-      gradient, axis, scatter_dimension=dimension, tiled=True
+      gradient.reshape(*shape[:dimension], parts, -1, *shape[dimension + 1 :]),
+      axis,
+      scatter_dimension=dimension,
     )
   # A TPU's compiler stops with an internal error where it tries to move such a
   # sum out of the loop over microbatches.

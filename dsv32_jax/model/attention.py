@@ -20,6 +20,8 @@ from dsv32_jax.model import token_order
 KERNELS = ("xla", "gpu", "tpu", "tpu_interpret")
 # Logical axes of what has one row a query.
 ROWS = ("batch", "queries", None)
+# By which the expansions of latents to keys and values are stored.
+UP_AXES = ("latent", "heads", None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,7 +241,8 @@ def attend(
     return (values_BTHV, kl_BT) if loss else (values_BTHV,)
 
   per_query, per_head = ("batch", "queries"), ("batch", "queries", None, None)
-  per_key, whole = layout.axes, (None, None, None)
+  per_key = layout.axes
+  whole = sharding.Gathered(UP_AXES, (None, None, None))
   results = sharding.shard_call(
     run,
     (

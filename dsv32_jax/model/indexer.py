@@ -57,6 +57,9 @@ def fake_quantize(x_BTXK):
   return fp8.dequantize(values, scales)
 
 
+_QUERY_AXES = ("query_latent", "index_heads", "index_width")
+
+
 class Indexer(nnx.Module):
   """Projects a layer's input to index queries, keys and head weights."""
 
@@ -66,7 +69,7 @@ class Indexer(nnx.Module):
     heads, width = config.index_heads, config.index_width
     self.query = layers.parameter(
       shape=(config.query_latent_width, heads, width),
-      axes=("query_latent", "index_heads", "index_width"),
+      axes=_QUERY_AXES,
       **kwargs,
     )
     self.key = layers.parameter(
@@ -94,8 +97,8 @@ class Indexer(nnx.Module):
     dtype = x_BTD.dtype
     x_BTD = jax.lax.stop_gradient(x_BTD)
     query_latent_BTU = jax.lax.stop_gradient(query_latent_BTU)
-    query_BTIK = jnp.einsum(
-      "BTU,UIK->BTIK", query_latent_BTU, self.query[...].astype(dtype)
+    query_BTIK = layers.to_heads(
+      query_latent_BTU, self.query[...].astype(dtype), _QUERY_AXES
     )
     key_BTK = jnp.einsum("BTD,DK->BTK", x_BTD, self.key[...].astype(dtype))
     query_BTIK = rotate_first(query_BTIK, cos_BTP, sin_BTP)

@@ -4,7 +4,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-# B batch, T tokens, D model width, F hidden width, X any leading axes
+from dsv32_jax import sharding
+
+# B batch, T tokens, D model width, F hidden width, U width of what heads are
+# made of, H heads, X any other axes
 
 
 def parameter(rngs, shape, axes, *, scale, dtype) -> nnx.Param:
@@ -19,6 +22,34 @@ def parameter(rngs, shape, axes, *, scale, dtype) -> nnx.Param:
   """
   value = jax.random.normal(rngs.params(), shape, jnp.float32) * scale
   return nnx.Param(value.astype(dtype), axes=axes)
+
+
+def to_heads(x_BTU, weight_UHX, axes):
+  """Returns x_BTU times weight_UHX, [B,T,H,X], the weight gathered by hand.
+
+  Left to the compiler, the gradient of a weight of which a device stores few
+  rows is reduced in full on every device; see `sharding.Gathered`.
+
+  Args:
+    x_BTU: of each token.
+    weight_UHX: in the type of x.
+    axes: logical axes of the weight, by which it is stored.
+  """
+  heads = axes[1]
+
+  def multiply(x_BTU, weight_UHX):
+    return (jnp.einsum("BTU,UHX->BTHX", x_BTU, weight_UHX),)
+
+  (out_BTHX,) = sharding.shard_call(
+    multiply,
+    (x_BTU, weight_UHX),
+    (
+      ("batch", "length", None),
+      sharding.Gathered(axes, (None, heads, None)),
+    ),
+    (("batch", "length", heads, None),),
+  )
+  return out_BTHX
 
 
 def rms_norm(x_XD, scale_D, epsilon: float):

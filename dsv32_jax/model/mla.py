@@ -22,6 +22,9 @@ from dsv32_jax.model import selection as selection_lib
 # N nope width, R rotary width, Q = N + R, V value width, P rotary pairs
 
 
+_QUERY_AXES = ("query_latent", "heads", None)
+
+
 class LatentAttention(nnx.Module):
   """One layer's attention with its indexer."""
 
@@ -38,18 +41,16 @@ class LatentAttention(nnx.Module):
 
     self.query_down = parameter((width, rank), ("embed", "query_latent"))
     self.query_norm = layers.RMSNorm(rank, epsilon=epsilon, dtype=dtype)
-    self.query_up = parameter(
-      (rank, heads, config.query_width), ("query_latent", "heads", None)
-    )
+    self.query_up = parameter((rank, heads, config.query_width), _QUERY_AXES)
     self.latent_down = parameter(
       (width, latent + config.rope_width), ("embed", "latent")
     )
     self.latent_norm = layers.RMSNorm(latent, epsilon=epsilon, dtype=dtype)
     self.key_up = parameter(
-      (latent, heads, config.nope_width), ("latent", "heads", None)
+      (latent, heads, config.nope_width), attention_lib.UP_AXES
     )
     self.value_up = parameter(
-      (latent, heads, config.value_width), ("latent", "heads", None)
+      (latent, heads, config.value_width), attention_lib.UP_AXES
     )
     self.output = parameter(
       (heads, config.value_width, width), ("heads", None, "embed")
@@ -169,8 +170,8 @@ class LatentAttention(nnx.Module):
     query_latent_BTU = self.query_norm(
       jnp.einsum("BTD,DU->BTU", x_BTD, self.query_down[...].astype(dtype))
     )
-    query_BTHQ = jnp.einsum(
-      "BTU,UHQ->BTHQ", query_latent_BTU, self.query_up[...].astype(dtype)
+    query_BTHQ = layers.to_heads(
+      query_latent_BTU, self.query_up[...].astype(dtype), _QUERY_AXES
     )
     nope = self.config.nope_width
     query_rope_BTHR = rope.rotate_interleaved(query_BTHQ[..., nope:], *rotation)
