@@ -7,7 +7,9 @@ The default is the paper's scale, 1,827 environments and 4,417 tasks. A few:
 
 Search tasks over Python's own documentation: :search, a few: :search_small
 
-Code tasks out of the history of this repository, or another's: :code
+Code tasks out of the history of this repository, or another's: :code. With
+--config.setup_url and --config.setup_model a model finds out how each tree is
+built and tested, with judge_url and judge_model one judges the issues.
 
 Questions that only code answers: :interpreter (the paper's 5,908), a few:
 :interpreter_small

@@ -20,6 +20,8 @@ import tqdm
 from dsv32_jax import config_files
 from dsv32_jax.agents.synthesis.code import filters as code_filters
 from dsv32_jax.agents.synthesis.code import pipeline as code_pipeline
+from dsv32_jax.agents.synthesis.code import setup_agent
+from dsv32_jax.agents.synthesis.code import validate
 from dsv32_jax.agents.synthesis.general import campaign
 from dsv32_jax.agents.synthesis.general import export
 from dsv32_jax.agents.synthesis.general import pipeline
@@ -101,7 +103,13 @@ def _code(config, workdir, bar):
     judge = code_filters.judged_by(
       lambda: synthesize_authored.policy(config.judge_url, config.judge_model)
     )
-  code_pipeline.run(config, workdir, bar("candidate"), judge)
+  prepare = validate.validate
+  if config.setup_url:
+    prepare = setup_agent.prepared_by(
+      lambda: synthesize_authored.policy(config.setup_url, config.setup_model),
+      config.setup_turns,
+    )
+  code_pipeline.run(config, workdir, bar("candidate"), judge, prepare)
   code_pipeline.export(workdir)
   found = code_pipeline.report(workdir)
   return found, f"{found['tasks']} tasks of {found['candidates']} candidates"

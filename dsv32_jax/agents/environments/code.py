@@ -5,7 +5,7 @@ Each call works on the tree that the one before left, in a sandbox of its own
 sandbox that an agent's commands run in; they are placed for grading alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsv32_jax.agents import tools
@@ -116,23 +116,34 @@ class CodeEnvironment(checked.CheckedEnvironment):
     if call.name == "submit":
       self.state["done"] = True
       return "The work is submitted."
-    language = languages.find(self.task.language)
+    # The report of a task's own runner is of no interest here.
+    command = self.task.runner or languages.find(self.task.language).shown
     answer = await self._workspace.run_async(
-      _order(call.name, call.arguments, language), self.state["delta"]
+      order_of(call.name, call.arguments, command), self.state["delta"]
     )
     if answer.delta is not None:
       self.state["delta"] = answer.delta
-    if answer.error:
-      return f"error: {answer.error}"
-    values, notes = answer.values, []
-    if call.name in ("shell", "run_tests"):
-      code = values["code"]
-      if code is None:
-        seconds = self._workspace.seconds
-        notes.append(f"[It took more than {seconds:g} s and was ended.]")
-      elif code:
-        notes.append(f"[exit code {code}]")
-    return "\n".join([values["output"].rstrip("\n"), *notes]).lstrip("\n")
+    return observation_of(call.name, answer, self._workspace.seconds)
+
+
+def observation_of(name: str, answer: workspaces.Answer, seconds: float) -> str:
+  """Returns what a model is told of a call of TOOLS.
+
+  Args:
+    name: of the tool.
+    answer: of the workspace.
+    seconds: that a command may take.
+  """
+  if answer.error:
+    return f"error: {answer.error}"
+  values, notes = answer.values, []
+  if name in ("shell", "run_tests"):
+    code = values["code"]
+    if code is None:
+      notes.append(f"[It took more than {seconds:g} s and was ended.]")
+    elif code:
+      notes.append(f"[exit code {code}]")
+  return "\n".join([values["output"].rstrip("\n"), *notes]).lstrip("\n")
 
 
 def prompt(task: grading.CodeTask) -> str:
@@ -196,7 +207,16 @@ _COMMIT = (
 )
 
 
-def _order(name, arguments, language):
+def order_of(
+  name: str, arguments: Mapping[str, Any], command: Sequence[str]
+) -> dict[str, Any]:
+  """Returns what a workspace is to do for a call of TOOLS.
+
+  Args:
+    name: of the tool.
+    arguments: that fit its schema.
+    command: that runs tests.
+  """
   match name:
     case "shell":
       return {"operation": "shell", "commands": [arguments["command"]]}
@@ -217,6 +237,6 @@ def _order(name, arguments, language):
       }
   return {
     "operation": "test",
-    "command": list(language.shown),
+    "command": list(command),
     "files": list(arguments["files"]),
   }

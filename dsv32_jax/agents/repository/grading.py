@@ -8,7 +8,7 @@ which to fail (see `decoys`), is known here only. Nothing that is printed, and
 no exit code, counts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -32,6 +32,8 @@ class CodeTask:
     must_pass: tests that a solution makes or leaves pass.
     must_fail: decoys among the hidden tests.
     patch: unified diff of the known solution; never shown.
+    runner: command of a test run in the place of the language's, in the form of
+      languages.Language.command; empty: the language's.
   """
 
   id: str
@@ -44,9 +46,11 @@ class CodeTask:
   must_fail: tuple[str, ...] = ()
   setup: tuple[str, ...] = ()
   patch: str = ""
+  runner: tuple[str, ...] = ()
 
   def __post_init__(self):
     languages.find(self.language)
+    check_runner(self.runner)
     if not self.must_pass:
       raise ValueError(f"task {self.id}: must_pass names no test")
     if overlap := set(self.must_pass) & set(self.must_fail):
@@ -68,14 +72,31 @@ class Grade:
   forged: bool = False
 
 
+def check_runner(runner: Sequence[str]) -> None:
+  """Raises ValueError for a command that takes no files or gives no report."""
+  text = " ".join(runner)
+  if runner and ("{files}" not in runner or "{report}" not in text):
+    raise ValueError(
+      f"runner={text!r:.200} must have {{files}} as an argument, and {{report}}"
+    )
+
+
 def order(
-  language: languages.Language, hidden: Mapping[str, str | None]
+  language: languages.Language,
+  hidden: Mapping[str, str | None],
+  runner: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Returns the order that runs hidden tests in a workspace."""
+  """Returns the order that runs hidden tests in a workspace.
+
+  Args:
+    language: of the tests.
+    hidden: test files, path to text.
+    runner: of a task, see CodeTask.
+  """
   return {
     "operation": "grade",
     "keep": "nothing",
-    "command": list(language.command),
+    "command": list(runner or language.command),
     "batches": language.batches(p for p, t in hidden.items() if t is not None),
     "hidden": dict(hidden),
     "protected": list(language.protected),
@@ -127,7 +148,9 @@ def grade(
 ) -> Grade:
   """Grades a tree; see the module."""
   language = languages.find(task.language)
-  return judge(task, workspace.run(order(language, task.hidden), delta))
+  return judge(
+    task, workspace.run(order(language, task.hidden, task.runner), delta)
+  )
 
 
 async def grade_async(
@@ -135,5 +158,5 @@ async def grade_async(
 ) -> Grade:
   """Is `grade` without waiting in this thread."""
   language = languages.find(task.language)
-  whole = order(language, task.hidden)
+  whole = order(language, task.hidden, task.runner)
   return judge(task, await workspace.run_async(whole, delta))

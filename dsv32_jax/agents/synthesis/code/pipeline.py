@@ -7,7 +7,7 @@ decided; a run that was killed decides the rest. All else is derived from it:
 `repository.grading.CodeTask`; `hidden`, `must_pass`, `must_fail` and `setup`
 are JSON.
 `rejections.jsonl`: id, stage ("filter", "judge", "build", "patch", "tests",
-"flaky"), reason.
+"flaky", "setup"), reason.
 """
 
 import collections
@@ -34,8 +34,8 @@ from dsv32_jax.agents.synthesis.code import validate
 from dsv32_jax.agents.synthesis.general import campaign as folders
 
 CANDIDATES_FILE = "candidates.jsonl"
-# They decide how much is done, or how fast.
-_FREE = ("workers", "max_commits", "max_tasks")
+# They decide how much is done, or how fast; and a server may have moved.
+_FREE = ("workers", "max_commits", "max_tasks", "judge_url", "setup_url")
 _TEXT, _NUMBER = pa.string(), pa.int64()
 TASK_SCHEMA = pa.schema(
   {
@@ -44,6 +44,9 @@ TASK_SCHEMA = pa.schema(
   }
 )
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
+Prepare = Callable[
+  ..., tuple[grading.CodeTask, validate.Counts, dict[str, float]]
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,10 @@ class CodeSynthesisConfig:
     judge_url: of an OpenAI-compatible server whose model judges what passes
       the heuristics; empty: no model judges.
     judge_model: its name there.
+    setup_url: of a server whose model finds out by shell how each tree is built
+      and tested; empty: `setup` and the language's runner do for all.
+    setup_model: its name there.
+    setup_turns: replies of that model on one candidate.
     workers: candidates at a time.
   """
 
@@ -91,10 +98,19 @@ class CodeSynthesisConfig:
   )
   judge_url: str = ""
   judge_model: str = ""
+  setup_url: str = ""
+  setup_model: str = ""
+  setup_turns: int = 50
   workers: int = 2
 
   def __post_init__(self):
-    for name in ("max_commits", "memory_gib", "processes", "workers"):
+    for name in (
+      "max_commits",
+      "memory_gib",
+      "processes",
+      "workers",
+      "setup_turns",
+    ):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
     if self.max_tasks < 0 or not self.seconds > 0:
@@ -113,6 +129,7 @@ def run(
   workdir: pathlib.Path,
   progress: Progress = iter,
   judge: filters_lib.Filter | None = None,
+  prepare: Prepare = validate.validate,
 ) -> None:
   """Decides the candidates that the folder has no row of.
 
@@ -121,6 +138,8 @@ def run(
     workdir: folder of this synthesis.
     progress: wraps the candidates that are still to be decided.
     judge: a model's judgement behind the heuristics, see filters.judged_by.
+    prepare: builds a tree and validates the pair; see setup_agent.prepared_by
+      for a model that finds out how.
 
   Raises:
     ValueError: the folder holds another synthesis or is in use, or there is
@@ -137,7 +156,7 @@ def run(
     )
     waiting = [c for c in mined(config) if c.id not in file.rows]
     kept = sum(row["status"] == "kept" for row in file.rows.values())
-    decide = lambda candidate: decided(candidate, config, box, judge)
+    decide = lambda candidate: decided(candidate, config, box, judge, prepare)
     for row in _in_parallel(decide, progress(waiting), config.workers):
       file.append(row)
       kept += row["status"] == "kept"
@@ -168,6 +187,7 @@ def decided(
   config: CodeSynthesisConfig,
   box: sandbox.Sandbox,
   judge: filters_lib.Filter | None = None,
+  prepare: Prepare = validate.validate,
 ) -> dict[str, Any]:
   """Returns the row of a candidate: kept with its task, or why it is not."""
   row = {"id": candidate.id, "language": candidate.language}
@@ -184,7 +204,7 @@ def decided(
     processes=config.processes,
   )
   try:
-    task, counts, seconds = validate.validate(
+    task, counts, seconds = prepare(
       candidate,
       box,
       setup=config.setup,
@@ -266,7 +286,7 @@ def report(workdir: pathlib.Path) -> dict[str, Any]:
   }
 
 
-_JSON = ("hidden", "must_pass", "must_fail", "setup")
+_JSON = ("hidden", "must_pass", "must_fail", "setup", "runner")
 
 
 def _rows(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ class Rejection(Exception):
   """A candidate that is not kept.
 
   Attributes:
-    stage: where it fell: "build", "patch", "tests" or "flaky".
+    stage: where it fell: "build", "patch", "tests", "flaky" or "setup".
   """
 
   def __init__(self, stage: str, reason: str):
@@ -57,6 +57,7 @@ def validate(
   setup: tuple[str, ...] = (),
   limits: limits_lib.Limits | None = None,
   seconds: float = 300.0,
+  runner: tuple[str, ...] = (),
 ) -> tuple[grading.CodeTask, Counts, dict[str, float]]:
   """Builds a candidate's tree and runs its tests.
 
@@ -66,6 +67,7 @@ def validate(
     setup: command lines that build the tree.
     limits: of each run; None: workspace.default_limits.
     seconds: of each command.
+    runner: of the tests, see grading.CodeTask.
 
   Returns:
     The task, how its tests end, and seconds by part.
@@ -74,12 +76,7 @@ def validate(
     Rejection: it makes no task.
   """
   clock = _Clock()
-  bare = workspaces.Workspace(
-    box=box,
-    image=_read(candidate),
-    limits=limits or workspaces.default_limits(),
-    seconds=seconds,
-  )
+  bare = bare_tree(candidate, box, limits, seconds)
   try:
     built = code.build_tree(setup, bare)
   except ValueError as error:
@@ -90,14 +87,14 @@ def validate(
   clock.note("patch")
   language = languages.find(candidate.language)
   runs = [
-    _outcomes(built, language, hidden, delta)
+    _outcomes(built, language, hidden, delta, runner)
     for delta in (workspaces.Delta(), gold)
   ]
   clock.note("tests")
   counts, must_pass, fixed = compare(*runs)
   names = [test.split("::")[-1] for test in fixed]
   with_decoys = language.with_decoys(hidden, names, candidate.id)
-  again = _outcomes(built, language, with_decoys, gold)
+  again = _outcomes(built, language, with_decoys, gold, runner)
   clock.note("decoys")
   for test in must_pass:
     if again.get(test) != "passed":
@@ -118,8 +115,27 @@ def validate(
     must_fail=tuple(sorted(decoys)),
     setup=setup,
     patch=candidate.patch,
+    runner=runner,
   )
   return task, dataclasses.replace(counts, decoys=len(decoys)), clock.seconds
+
+
+def bare_tree(
+  candidate: candidates.Candidate,
+  box: run.Sandbox,
+  limits: limits_lib.Limits | None,
+  seconds: float,
+) -> workspaces.Workspace:
+  """Returns the tree before the patch, not built; Rejection if there is none.
+
+  Args: as of `validate`.
+  """
+  return workspaces.Workspace(
+    box=box,
+    image=_read(candidate),
+    limits=limits or workspaces.default_limits(),
+    seconds=seconds,
+  )
 
 
 def compare(
@@ -176,8 +192,8 @@ def _hidden(workspace, candidate) -> dict[str, str | None]:
   return {path: text for path, text in found.items() if path in paths}
 
 
-def _outcomes(workspace, language, hidden, delta) -> dict[str, str]:
-  answer = workspace.run(grading.order(language, hidden), delta)
+def _outcomes(workspace, language, hidden, delta, runner) -> dict[str, str]:
+  answer = workspace.run(grading.order(language, hidden, runner), delta)
   if answer.error:
     raise Rejection("tests", answer.error)
   try:

@@ -22,10 +22,10 @@ from dsv32_jax.agents import loop
 from dsv32_jax.agents import policy as policies
 from dsv32_jax.agents import sandbox
 from dsv32_jax.agents import tools
-from dsv32_jax.agents.environments import checked
 from dsv32_jax.agents.environments import interpreter
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.synthesis import authoring
+from dsv32_jax.agents.synthesis import desk
 from dsv32_jax.agents.synthesis.interpreter import checks
 
 SUBJECTS = ("mathematics", "logic", "data science", "simulation", "text")
@@ -91,52 +91,18 @@ class InterpreterAuthoringConfig(authoring.AuthoringConfig):
         )
 
 
-class ProblemDesk(checked.CheckedEnvironment):
-  """Where a problem is handed in; see protocol.Environment.
-
-  Attributes:
-    problem: what passed, with its `answer`, or None.
-    refusals: why others did not.
-  """
+class ProblemDesk(desk.Desk):
+  """Where a problem is handed in, which then has its `answer`."""
 
   def __init__(self, subject: str, box: sandbox.Sandbox):
     """Takes a subject, and where programs run."""
-    super().__init__(subject, _CHECKER, _MAX_STEPS)
-    self.problem: dict[str, Any] | None = None
-    self.refusals: list[str] = []
+    prompt = _PROMPT.format(subject=subject)
+    super().__init__(subject, prompt, (HAND_IN,), _CHECKER, _MAX_STEPS)
     self._subject, self._box = subject, box
 
-  async def reset(self) -> protocol.Start:
-    self.problem, self.refusals = None, []
-    self.begin()
-    return protocol.Start(
-      observation=_PROMPT.format(subject=self._subject), tools=(HAND_IN,)
-    )
-
-  async def verify(self) -> float:
-    """Returns 1 if a problem has passed."""
-    return float(self.problem is not None)
-
-  def snapshot(self) -> dict[str, Any]:
-    return {"task": self._task_id, "state": dict(self.state)}
-
-  async def restore(self, snapshot: Mapping[str, Any]) -> None:
-    self.check_snapshot(snapshot)
-    self._state = dict(snapshot["state"])
-
-  async def close(self) -> None:
-    """Has nothing to give back: no process outlives a call."""
-
-  async def carry_out(self, call: protocol.ToolCall) -> str:
-    try:
-      self.problem = await self._checked(**call.arguments)
-    except tools.ToolError as error:
-      self.refusals.append(str(error))
-      raise
-    self.state["done"] = True
-    return "It is handed in."
-
-  async def _checked(self, statement, files, solution, tolerance):
+  async def check(
+    self, statement, files, solution, tolerance
+  ) -> dict[str, Any]:
     if not statement.strip() or len(statement) > _MOST_STATEMENT:
       raise tools.ToolError(
         f"a statement has 1 to {_MOST_STATEMENT} characters"
@@ -240,7 +206,7 @@ async def candidate(
     author, lambda: place, episode_id=row_id, limits=config.limits()
   )
   row = {"kind": subject, "fingerprint": "", "refusals": place.refusals}
-  problem = place.problem
+  problem = place.handed_in
   if problem is None:
     return _rejected(row, "check", authoring.unfinished(episode.result))
   content = json.dumps([problem["statement"], problem["files"]]).encode()

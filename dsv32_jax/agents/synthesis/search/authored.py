@@ -23,7 +23,7 @@ from dsv32_jax.agents.synthesis import authoring
 from dsv32_jax.agents.synthesis.search import answering
 from dsv32_jax.agents.synthesis.search import campaign
 from dsv32_jax.agents.synthesis.search import constructing
-from dsv32_jax.agents.synthesis.search import desk
+from dsv32_jax.agents.synthesis.search import desks
 from dsv32_jax.agents.synthesis.search import verifying
 
 # Agents that answer differ by what they are told.
@@ -181,7 +181,7 @@ async def candidate(
 
 
 async def _fill(row, config, team, index, rng, row_id):
-  place = desk.QuestionDesk(
+  place = desks.QuestionDesk(
     index,
     index.open_now(row["entity"]),
     depth=row["depth"],
@@ -211,14 +211,12 @@ async def _one_pass(row, config, team, index, rng, row_id):
       answers.setdefault(search.normal(text), text)
   shown = list(answers.values())
   rng.shuffle(shown)
-  place = desk.VerdictDesk(index, row["question"], shown)
+  place = desks.VerdictDesk(index, row["question"], shown)
   judged = await _hand_in(team.verifier, place, f"{row_id}/verdicts", config)
   if place.handed_in is None:
     told = authoring.unfinished(judged)
     raise constructing.Rejection(f"the verification: {told}")
-  found = {
-    shown[x["number"] - 1]: x["verdict"] for x in place.handed_in["verdicts"]
-  }
+  found = place.handed_in
   row["verdicts"].append(found)
   if found[row["answer"]] != "right":
     raise constructing.Rejection(

@@ -11,11 +11,11 @@ import re
 from typing import Any
 
 from dsv32_jax.agents import tools
-from dsv32_jax.agents.environments import checked
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.environments import search
 from dsv32_jax.agents.environments import search_index
 from dsv32_jax.agents.synthesis import authoring
+from dsv32_jax.agents.synthesis import desk
 
 MAX_STEPS = 300
 VERDICTS = ("right", "wrong", "unsure")
@@ -75,61 +75,25 @@ _ASK_CHECKER = tools.CallChecker((*_SEARCHING, ASK))
 _JUDGE_CHECKER = tools.CallChecker((*_SEARCHING, JUDGE))
 
 
-class _Desk(checked.CheckedEnvironment):
-  """Search tools and a last one.
+class _SearchDesk(desk.Desk):
+  """Search tools and a last one."""
 
-  Attributes:
-    handed_in: arguments of the call that passed, or None.
-    refusals: why others did not.
-  """
-
-  def __init__(self, source, task_id, checker, prompt):
-    super().__init__(task_id, checker, MAX_STEPS)
-    blank = {"id": task_id, "question": "", "answer": "-"}
+  def __init__(self, source, name, prompt, last, checker):
+    super().__init__(name, prompt, (*_SEARCHING, last), checker, MAX_STEPS)
+    blank = {"id": name, "question": "", "answer": "-"}
     self._searching = search.SearchEnvironment(source, blank)
-    self._source, self._prompt = source, prompt
-    self._schemas = (*_SEARCHING, JUDGE if checker is _JUDGE_CHECKER else ASK)
-    self.handed_in: dict[str, Any] | None = None
-    self.refusals: list[str] = []
+    self._source = source
+    self._opened: set[str] = set()
 
   async def reset(self) -> protocol.Start:
-    self.handed_in, self.refusals = None, []
-    self.begin(opened=[])
-    return protocol.Start(observation=self._prompt, tools=self._schemas)
+    self._opened = set()
+    return await super().reset()
 
-  async def verify(self) -> float:
-    """Returns 1 if something was handed in that passed."""
-    return float(self.handed_in is not None)
-
-  def snapshot(self) -> dict[str, Any]:
-    return {"task": self._task_id, "state": dict(self.state)}
-
-  async def restore(self, snapshot: Mapping[str, Any]) -> None:
-    self.check_snapshot(snapshot)
-    self._state = dict(snapshot["state"])
-
-  async def close(self) -> None:
-    """The source is shared, so there is nothing to give back."""
-
-  async def carry_out(self, call: protocol.ToolCall) -> str:
-    if call.name in (ASK.name, JUDGE.name):
-      arguments = dict(call.arguments)
-      try:
-        await self.check(**arguments)
-      except tools.ToolError as error:
-        self.refusals.append(str(error))
-        raise
-      self.handed_in = arguments
-      self.state["done"] = True
-      return "It is handed in."
+  async def help(self, call: protocol.ToolCall) -> str:
     observation = await self._searching.carry_out(call)
     if call.name == "open":
-      self.state["opened"].append(call.arguments["document"])
+      self._opened.add(call.arguments["document"])
     return observation
-
-  async def check(self, **arguments: Any) -> None:
-    """Raises tools.ToolError for what cannot be handed in."""
-    raise AssertionError(f"{type(self).__name__} takes nothing: {arguments}")
 
   async def _check_quote(self, document, line):
     """Raises unless a line of a document holds this text."""
@@ -140,7 +104,7 @@ class _Desk(checked.CheckedEnvironment):
       raise tools.ToolError(f"no line of {document!r:.100} is {line!r:.100}")
 
 
-class QuestionDesk(_Desk):
+class QuestionDesk(_SearchDesk):
   """Where a question is built; see protocol.Environment."""
 
   def __init__(
@@ -162,10 +126,12 @@ class QuestionDesk(_Desk):
     prompt = _PROMPTS["ask"].format(
       entity=entity.title, depth=depth, breadth=breadth, documents=depth + 1
     )
-    super().__init__(source, f"question-{entity.name}", _ASK_CHECKER, prompt)
+    super().__init__(
+      source, f"question-{entity.name}", prompt, ASK, _ASK_CHECKER
+    )
     self._entity, self._depth, self._breadth = entity, depth, breadth
 
-  async def check(self, question, answer, evidence) -> None:
+  async def check(self, question, answer, evidence) -> dict[str, Any]:
     if not question.strip() or len(question) > _MOST_QUESTION:
       raise tools.ToolError(f"a question has 1 to {_MOST_QUESTION} characters")
     if not search.normal(answer) or len(answer) > _MOST_ANSWER:
@@ -175,7 +141,7 @@ class QuestionDesk(_Desk):
     if search.normal(self._entity.title) in search.normal(question):
       raise tools.ToolError("the question names what it starts from")
     quoted = list(dict.fromkeys(x["document"] for x in evidence))
-    if unread := [x for x in quoted if x not in self.state["opened"]]:
+    if unread := [x for x in quoted if x not in self._opened]:
       raise tools.ToolError(f"{unread[0]!r:.100} was quoted and not opened")
     if self._entity.name not in quoted:
       raise tools.ToolError(f"nothing of {self._entity.name!r} is quoted")
@@ -192,9 +158,10 @@ class QuestionDesk(_Desk):
       await self._check_quote(**quote)
     if not _holds(evidence[-1], answer):
       raise tools.ToolError("the last line of the evidence lacks the answer")
+    return {"question": question, "answer": answer, "evidence": evidence}
 
 
-class VerdictDesk(_Desk):
+class VerdictDesk(_SearchDesk):
   """Where answers are judged; which is the truth is not told."""
 
   def __init__(
@@ -203,10 +170,10 @@ class VerdictDesk(_Desk):
     """Takes what is judged, in the order in which it is shown."""
     shown = "\n".join(f"{n}. {text}" for n, text in enumerate(answers, 1))
     prompt = _PROMPTS["judge"].format(question=question, answers=shown)
-    super().__init__(source, "verdicts", _JUDGE_CHECKER, prompt)
+    super().__init__(source, "verdicts", prompt, JUDGE, _JUDGE_CHECKER)
     self._answers = answers
 
-  async def check(self, verdicts) -> None:
+  async def check(self, verdicts) -> dict[str, str]:
     numbers = sorted(x["number"] for x in verdicts)
     if numbers != list(range(1, len(self._answers) + 1)):
       raise tools.ToolError(
@@ -221,6 +188,7 @@ class VerdictDesk(_Desk):
         raise tools.ToolError(
           f"answer {found['number']} is no part of the line that shows it"
         )
+    return {self._answers[x["number"] - 1]: x["verdict"] for x in verdicts}
 
 
 def _holds(quote: Mapping[str, str], answer: str) -> bool:
