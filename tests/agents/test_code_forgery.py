@@ -4,11 +4,13 @@ import ast
 import dataclasses
 import json
 import random
+import re
 
 import pytest
 
 from dsv32_jax.agents.repository import decoys
 from dsv32_jax.agents.repository import grading
+from dsv32_jax.agents.repository import javascript_decoys
 from dsv32_jax.agents.repository import junit
 from dsv32_jax.agents.repository import languages
 from dsv32_jax.agents.repository import workspace as workspaces
@@ -157,7 +159,18 @@ def test_an_attack_is_worth_nothing(made, name):
 @pytest.mark.parametrize(
   ("line", "forged"),
   [
-    ("require('node:assert').strictEqual = () => {};", True),
+    # Frozen before the code is loaded.
+    ("require('node:assert').strictEqual = () => {};", False),
+    ("require('node:test').it = (name) => {};", False),
+    # Every check that a test makes after this is one of nothing.
+    (
+      "const m = require('node:module'), load = m._load;"
+      "m._load = (name, ...rest) => name.endsWith('assert')"
+      " ? new Proxy(load('assert'), { get: () => () => {} })"
+      " : load(name, ...rest);",
+      False,
+    ),
+    ("process.on('uncaughtException', () => {});", False),
     ("process.exit(0);", False),
     ("process.kill(process.ppid, 'SIGKILL');", False),
   ],
@@ -281,6 +294,42 @@ def test_decoys_expect_something_else():
   with pytest.raises(AssertionError):
     exec(ast.unparse(tests[-1]) + f"\n{tests[-1].name}()", {})
   assert decoys.python("def (", names, random.Random(0)) == "def ("
+
+
+CHECKS = """
+const assert = require("node:assert/strict");
+test("a number", () => { // ) "
+  assert.equal(count("a) b"), 2, "should be 3");
+});
+test('text', () => { assert.deepEqual(f({ a: [1] }), { a: ["x, y"] }) })
+it(`truth`, async () => assert(await g(), true));
+test("a pattern", () => assert.match(h, /[)"]/));
+test("computed", () => assert.equal(`${"`"}`, 1));
+test("nothing", () => {});
+test("not asked for", () => assert.equal(1, 1));
+"""
+
+
+def test_decoys_of_javascript_expect_something_else():
+  names = {"a number", "text", "truth", "a pattern", "computed", "nothing"}
+  new = javascript_decoys.add(CHECKS, names, random.Random(0))
+  assert new == javascript_decoys.add(CHECKS, names, random.Random(0))
+  assert 'count("a) b"), 3, "should be 3"' in new
+  assert '{ a: ["x, yx"] }' in new and "await g(), false" in new
+  for name in ("a pattern", "computed", "nothing", "not asked for"):
+    assert len(re.findall(rf'test\("{name}"', new)) == 1, name
+  for line in CHECKS.strip().splitlines():
+    assert line in new
+
+
+@repositories.needs_node
+def test_decoys_of_javascript_fail_where_the_code_is_right(tmp_path):
+  """Both copies do, and so does the one that is wrong whatever it is."""
+  box = repositories.sandbox("bubblewrap")
+  workspace, task = repositories.make("javascript", tmp_path, box)
+  assert len(task.must_fail) == 4, task.must_fail
+  fix = write(*repositories.FIX["javascript"])
+  assert repositories.play(workspace, task, [fix])[1].reward == 1
 
 
 def test_files_are_told_apart():

@@ -60,31 +60,6 @@ def python(text: str, names: set[str], generator: random.Random) -> str:
   return "\n".join([*lines, "", "", f"def {name}():", f"  {wrong}", ""])
 
 
-def javascript(text: str, names: set[str], generator: random.Random) -> str:
-  """Adds a decoy to a file of tests for Node's own runner."""
-  ending = generator.choice(_ENDINGS)
-  name = f"{generator.choice(sorted(names or {'works'}))} {ending}"
-  tag = f"{generator.getrandbits(32):08x}"
-  low = generator.randint(2, 99)
-  body = f"{_quoted(name)}, () => assert_{tag}.strictEqual({low}, {low + 1})"
-  if re.search(r"^\s*(import\s|export\s)", text, re.MULTILINE):
-    lines = [
-      f'import test_{tag} from "node:test";',
-      f'import assert_{tag} from "node:assert";',
-      f"test_{tag}({body});",
-    ]
-  else:
-    lines = [
-      f'const assert_{tag} = require("node:assert");',
-      f'require("node:test")({body});',
-    ]
-  return "\n".join([text, *lines, ""])
-
-
-def _quoted(name):
-  return '"' + re.sub(r'["\\\n]', " ", name) + '"'
-
-
 def _functions(module):
   """Yields functions of the module and the methods of its classes."""
   for node in module.body:

@@ -7,6 +7,7 @@ import random
 
 from dsv32_jax.agents.repository import decoys
 from dsv32_jax.agents.repository import folders
+from dsv32_jax.agents.repository import javascript_decoys
 
 # pytest is imported before anything of the repository can be; `python -m
 # pytest` would look for it there first.
@@ -118,6 +119,13 @@ PYTHON = Language(
   add_decoys=decoys.python,
 )
 
+# Loaded before any test: checks that code under test cannot replace.
+_GUARD = (
+  "--import=data:text/javascript,import assert from 'node:assert';"
+  "import test from 'node:test';"
+  "for (const one of [assert, assert.strict, test]) Object.freeze(one);"
+)
+
 JAVASCRIPT = Language(
   name="javascript",
   sources=("*.js", "*.mjs", "*.cjs"),
@@ -133,6 +141,7 @@ JAVASCRIPT = Language(
   settings=("package.json", "package-lock.json", ".npmrc", "node_modules"),
   command=(
     "node",
+    _GUARD,
     "--test",
     "--test-reporter=junit",
     "--test-reporter-destination={report}",
@@ -140,7 +149,7 @@ JAVASCRIPT = Language(
   ),
   shown=("node", "--test", "--test-reporter=spec", "{files}"),
   one_by_one=True,
-  add_decoys=decoys.javascript,
+  add_decoys=javascript_decoys.add,
 )
 
 LANGUAGES = {language.name: language for language in (PYTHON, JAVASCRIPT)}
