@@ -9,6 +9,7 @@ goes on.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -157,17 +158,6 @@ class CallChecker:
       raise ToolError(f"no tool {_short(repr(name))}; tools: {_short(known)}")
 
 
-def signatures(schemas: Sequence[Schema]) -> str:
-  """Describes tools by names and arguments alone, a line each.
-
-  For models with a small window, in the place of the format's description.
-  """
-  return "\n".join(
-    f"{schema.name}({', '.join(schema.parameters.get('properties', {}))})"
-    for schema in schemas
-  )
-
-
 class ToolBox(CallChecker):
   """Tools that are run here."""
 
@@ -251,6 +241,20 @@ def strict_json(text: str) -> Any:
 
 
 def _validator(name: str, parameters: Mapping[str, Any]):
+  """The validator of a tool; those of equal tools are made once."""
+  try:
+    text = json.dumps([name, parameters])
+  except (TypeError, ValueError, RecursionError):
+    return _made_validator(name, parameters)
+  return _known_validator(text)
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_validator(text: str):
+  return _made_validator(*json.loads(text))
+
+
+def _made_validator(name: str, parameters: Mapping[str, Any]):
   if not isinstance(name, str) or not _NAME.fullmatch(name):
     raise ValueError(f"tool {name=} is not of the form {_NAME.pattern}")
   if not isinstance(parameters, Mapping) or parameters.get("type") != "object":

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import dataclasses
 import itertools
 import json
-import os
+import pathlib
 
 from dsv32_jax.agents import cold_start
 from dsv32_jax.agents import loop
@@ -56,7 +56,7 @@ def solved(
 def write(
   config: episode_config.EpisodesConfig,
   tasks: Iterable[environments.EpisodeTask],
-  path: str | os.PathLike,
+  path: pathlib.Path,
 ) -> None:
   """Writes examples as data sources with pieces_field "pieces" read them."""
   rows = (

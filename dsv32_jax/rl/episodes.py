@@ -17,7 +17,7 @@ import numpy as np
 from dsv32_jax.agents import context
 from dsv32_jax.agents import loop
 from dsv32_jax.agents import policy as policies
-from dsv32_jax.agents import tools
+from dsv32_jax.agents.environments import protocol
 from dsv32_jax.data import tokenizer as tokenizer_lib
 from dsv32_jax.generation import engine as engine_lib
 from dsv32_jax.generation import local_policy
@@ -42,7 +42,7 @@ async def play(
     "discard_75": context.DISCARD_75,
     "discard_all": context.DISCARD_ALL,
   }
-  described = {"schemas": None, "signatures": tools.signatures}
+  described = {"schemas": None, "signatures": protocol.signatures}
   return await loop.run_episode(
     policy,
     task.make,

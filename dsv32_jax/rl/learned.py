@@ -9,6 +9,7 @@ has seen.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -118,7 +119,7 @@ def fine_tune(config: LearnedConfig, workdir: str):
       rl.episodes.environments, split="train", seed=rl.seed
     )
     numbered = (tasks.task(number) for number in range(config.solved))
-    demonstrations.write(rl.episodes, numbered, path)
+    demonstrations.write(rl.episodes, numbered, pathlib.Path(path))
   source = sources.SourceConfig(kind="jsonl", path=path, pieces_field="pieces")
   train = shown.sft_config(
     config, source, workdir, steps=config.sft_steps, init_from=None

@@ -217,3 +217,16 @@ def test_descriptions_have_the_form_of_the_api():
       "parameters": PARAMETERS,
     },
   }
+
+
+def test_a_schema_that_changed_is_read_anew():
+  """Validators of equal schemas are shared, those of the same dict are not."""
+  parameters = {"type": "object", "properties": {"n": {"type": "integer"}}}
+  tool = tools.Tool(
+    name="t", description="", parameters=parameters, function=lambda n: n
+  )
+  tools.CallChecker([tool]).check("t", {"n": 1})
+  parameters["properties"]["n"]["type"] = "string"
+  tools.CallChecker([tool]).check("t", {"n": "1"})
+  with pytest.raises(tools.ToolError, match="not of type 'string'"):
+    tools.CallChecker([tool]).check("t", {"n": 1})

@@ -49,6 +49,17 @@ def tool(
   return ToolSchema(name=name, description=description, parameters=parameters)
 
 
+def signatures(schemas: Sequence[ToolSchema]) -> str:
+  """Describes tools by names and arguments alone, a line each.
+
+  For models with a small window, in the place of the format's description.
+  """
+  return "\n".join(
+    f"{schema.name}({', '.join(schema.parameters.get('properties', {}))})"
+    for schema in schemas
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToolCall:
   """A call as a policy makes it; nothing about it is trusted."""
