@@ -22,6 +22,7 @@ from absl import flags
 import uvicorn
 
 from dsv32_jax.generation.server import app
+from dsv32_jax.generation.server import connection
 from dsv32_jax.generation.server import runner as runners
 from experiments import common
 from experiments import local_model
@@ -112,7 +113,7 @@ def run(application, runner, name: str, bound: socket.socket) -> None:
   server = Server(
     uvicorn.Config(
       application,
-      http="h11",
+      http=connection.Connection,
       ws="none",
       lifespan="on",
       log_level="warning",
@@ -145,6 +146,7 @@ def main(argv):
       thinking=_THINKING.value,
       api_keys=keys,
       max_body_bytes=int(_BODY.value * 2**20),
+      max_held_bytes=int(max(_BODY.value, 256) * 2**20),
       drain_seconds=_LAST_SECONDS,
     )
     runner = runners.Runner(model.engine, max_requests=_REQUESTS.value)

@@ -123,6 +123,23 @@ def test_a_prompt_without_records_serves_none_that_wants_them(model, engine):
   assert engine.stats()["shared_tokens"] - before == 8
 
 
+def test_who_goes_amid_its_prompt_leaves_whole_pages_behind(model, engine):
+  engine.load(model)
+  long = ask(prompt(60, 8), 1, max_tokens=2)
+  (want,) = engine.generate([long])
+  engine.load(model)
+  gone = engine.submit(long)
+  assert engine.step() == []
+  engine.cancel(gone)
+  assert [event.finish_reason for event in engine.step()] == ["cancelled"]
+  before = engine.stats()
+  assert before["pages_used"] == 0
+  (got,) = engine.generate([long])
+  same(want, got)
+  # All that the one step computed.
+  assert engine.stats()["shared_tokens"] - before["shared_tokens"] == 32
+
+
 @pytest.mark.parametrize("num_pages", [80, 24])
 def test_a_crowd_gives_what_each_gives_alone(model, num_pages):
   """Few different beginnings, many lengths, and pages for some of them."""

@@ -7,13 +7,17 @@ import time
 
 import uvicorn
 
+from dsv32_jax.generation.server import connection
+
 
 @contextlib.contextmanager
-def serving(app):
+def serving(app, http=connection.Connection):
   """Yields the address of the application; its end is waited for."""
   with socket.create_server(("127.0.0.1", 0)) as bound:
     port = bound.getsockname()[1]
-    config = uvicorn.Config(app, log_level="critical", lifespan="on")
+    config = uvicorn.Config(
+      app, http=http, ws="none", log_level="critical", lifespan="on"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()

@@ -7,6 +7,7 @@ import openai
 
 from dsv32_jax.agents import policy
 from dsv32_jax.generation.server import app as app_lib
+from dsv32_jax.generation.server import connection
 from dsv32_jax.generation.server import runner as runner_lib
 from tests.support import live_server
 from tests.support import scripted_engine
@@ -40,14 +41,14 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(tokenizer, script, **changes):
+def serving(tokenizer, script, http=connection.Connection, **changes):
   engine = scripted_engine.ScriptedEngine(script, tokenizer.eos_id)
   runner = runner_lib.Runner(engine, max_requests=8)
   config = app_lib.ServerConfig(model_name="m", max_length=4096, **changes)
   app = app_lib.make_app(runner, tokenizer, config)
   options = dict(api_key="key", max_retries=0)
   with (
-    live_server.serving(app) as url,
+    live_server.serving(app, http) as url,
     openai.OpenAI(base_url=f"{url}/v1", **options) as client,
   ):
     yield Served(engine, client, url)

@@ -41,6 +41,7 @@ class ServerConfig:
     api_keys: of which one has to be given; none: no key is needed.
     max_body_bytes: of a request.
     body_seconds: until a request's body is there.
+    max_held_bytes: of the bodies of all requests that are not answered.
     drain_seconds: that the end waits for requests that run.
   """
 
@@ -50,6 +51,7 @@ class ServerConfig:
   api_keys: tuple[str, ...] = ()
   max_body_bytes: int = 8 * 2**20
   body_seconds: float = 60.0
+  max_held_bytes: int = 256 * 2**20
   drain_seconds: float = 60.0
 
   def __post_init__(self):
@@ -63,6 +65,11 @@ class ServerConfig:
     ):
       if not getattr(self, name) > 0:
         raise ValueError(f"{name}={getattr(self, name)} must be positive")
+    if self.max_held_bytes < self.max_body_bytes:
+      raise ValueError(
+        f"max_held_bytes={self.max_held_bytes} is below"
+        f" max_body_bytes={self.max_body_bytes}"
+      )
     for key in self.api_keys:
       if not key.isascii() or not key.isprintable() or not key.strip():
         raise ValueError("an API key is not of printable ASCII characters")
@@ -107,6 +114,7 @@ def make_app(
       api_keys=config.api_keys,
       max_body_bytes=config.max_body_bytes,
       body_seconds=config.body_seconds,
+      max_held_bytes=config.max_held_bytes,
     )
   )
 
