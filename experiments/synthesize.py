@@ -4,7 +4,8 @@ python -m experiments.synthesize --config=configs/synthesize.py --workdir=DIR
 
 A run that was killed continues when it is started again. The workdir then has
 tasks and trajectories as .jsonl and .parquet (docs/agent_data.md has the
-columns), rejections.jsonl and report.json; of general tasks, databases behind
+columns), rejections.jsonl and report.json, which also says what bounds the
+memory of what ran in the sandbox; of general tasks, databases behind
 tools, also environments.jsonl and solution_lengths.png; of search tasks
 (:search) the corpus and all candidates; of code tasks (:code)
 and questions that only code answers (:interpreter) all candidates. Variants
@@ -18,6 +19,7 @@ from absl import flags
 import tqdm
 
 from dsv32_jax import config_files
+from dsv32_jax.agents import sandbox
 from dsv32_jax.agents.synthesis.code import filters as code_filters
 from dsv32_jax.agents.synthesis.code import pipeline as code_pipeline
 from dsv32_jax.agents.synthesis.code import setup_agent
@@ -57,6 +59,9 @@ def main(argv):
     writer.write(0, scalars, "synthesis")
     for name, share in found.get("baselines", {}).items():
       writer.write(0, {"solved": share}, f"baseline_{name}")
+  if family not in ("general", "search", "search_authored"):
+    # Of what ran in the sandbox for this.
+    found["memory_bound"] = sandbox.probe().memory_bound
   path = workdir / "report.json"
   path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
   print(line)

@@ -23,6 +23,7 @@ from dsv32_jax.agents.synthesis.general import database
 from dsv32_jax.agents.synthesis.general import domains
 from dsv32_jax.agents.synthesis.general import export
 from dsv32_jax.agents.synthesis.general import pipeline
+from dsv32_jax.agents.synthesis.general import planning
 from dsv32_jax.agents.synthesis.general import policies
 from dsv32_jax.agents.synthesis.general import report
 from dsv32_jax.agents.synthesis.general import toolset
@@ -176,7 +177,41 @@ def test_easy_policies_fail():
       played += world.CONFIG.baseline_attempts
       solved.update(task["baselines"])
   assert solved["random"] < 0.05 * played
+  assert solved["planner"] < 0.05 * played
   assert max(solved["one_list"], solved["one_call"]) < 0.2 * played
+
+
+def test_a_planner_learns_what_is_true_and_solves_more_than_chance():
+  """By the rows themselves; and as the filter it keeps what it solves."""
+  record, task = world.tasks("find")[0]
+  environment = general.GeneralEnvironment(record, task)
+  notes = planning.explore(
+    environment.begin(), environment.call, random.Random(0)
+  )
+  rows = {
+    row["name"]: row
+    for records in record["rows"].values()
+    for row in records
+    if "name" in row
+  }
+  assert len(notes.facts) > 5 and set(notes.facts) <= set(rows)
+  checked = 0
+  for name, known in notes.facts.items():
+    for key, value in known.items():
+      if key in rows[name]:
+        assert rows[name][key] == value
+        checked += 1
+  assert checked > 10
+  solved = sum(
+    pipeline.solved_after(record, task, policies.planner, 60, 0.5) is not None
+    for record, task in world.tasks("find", "extreme")
+  )
+  assert solved > 0
+  config = pipeline.SynthesisConfig(
+    num_environments=1, num_tasks=1, filter="planner", workers=1
+  )
+  (kept,) = pipeline.synthesize(config, 1)[0]["tasks"]
+  assert 1 <= kept["attempts_until_solved"] <= 100
 
 
 def test_a_solution_is_played_in_few_messages():
@@ -276,6 +311,7 @@ def test_exports_and_report(tmp_path):
     {"num_tasks": 10**6},
     {"attempts": 0},
     {"workers": 0},
+    {"filter": "luck"},
     {"baseline_attempts": -1},
     {"num_trajectories": -1},
   ],

@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 
 from dsv32_jax.agents.environments import general
+from dsv32_jax.agents.synthesis import authoring
 from dsv32_jax.agents.synthesis.general import reading
 from dsv32_jax.agents.synthesis.general import tasks as tasks_lib
 from tests.support import general_world as world
@@ -142,6 +143,44 @@ def test_wrong_answers_are_well_formed_many_and_refused():
       assert validator.is_valid(answer)
       assert not accepts(environment, answer)
     assert accepts(environment, task["answer"])
+
+
+def damaged(value, rng):
+  """A right answer with one of its values, or of its lists, changed."""
+  if isinstance(value, dict):
+    key = rng.choice(list(value))
+    return {**value, key: damaged(value[key], rng)}
+  if isinstance(value, list):
+    place = rng.randrange(len(value))
+    changed = [*value[:place], damaged(value[place], rng), *value[place + 1 :]]
+    return rng.choice(
+      (changed, [*value, value[place]], value[:-1], [value], value * 2, [])
+    )
+  if isinstance(value, str):
+    forms = (value.upper(), value + " ", "", "%", f"{value}' OR '1'='1", 0)
+    return rng.choice([x for x in forms if x != value])
+  return rng.choice(
+    (value + 1, -value - 1, value + 0.5, True, str(value), None)
+  )
+
+
+def test_a_damaged_answer_is_wrong():
+  rng, tried = random.Random(2), 0
+  for record, task in world.tasks(*QUERIES, "bundle", "trip"):
+    environment = open_task(record, task)
+    for _ in range(80):
+      answer = damaged(task["answer"], rng)
+      assert not accepts(environment, answer), (task["statement"], answer)
+      tried += 1
+  assert tried > 5000
+
+
+def test_no_task_tells_its_answer():
+  for _, task in world.tasks(*QUERIES, "bundle", "trip"):
+    text = general.prompt(task)
+    assert not authoring.tells_answer(text, task["answer"])
+  assert authoring.tells_answer("It is Rue 7, or 9.", {"a": ["rue 7"], "b": 9})
+  assert not authoring.tells_answer("It is 9.5 or Rue 71.", ["Rue 7", 9])
 
 
 def test_difficulty_rises_and_tools_are_added():

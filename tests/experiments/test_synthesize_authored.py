@@ -57,6 +57,7 @@ def test_general(tmp_path):
   assert "1 environments, 1 tasks of 1 candidates" in done.stdout
   report = json.loads((tmp_path / "report.json").read_text())
   assert report["solution_calls"] == [9]
+  assert "memory_bytes" in report["memory_bound"]
   assert (tmp_path / "tasks.parquet").exists()
 
 

@@ -37,6 +37,7 @@ class SynthesisConfig:
     num_environments: databases with their tools.
     num_tasks: over all of them, as evenly as it goes.
     attempts: a task is kept if one of so many attempts solves it.
+    filter: whose attempts, a name of policies.FILTERS.
     baseline_attempts: of each baseline on each kept task.
     num_trajectories: solutions written out call by call, of the first tasks.
     workers: processes; they do not change what is written.
@@ -46,6 +47,7 @@ class SynthesisConfig:
   num_environments: int = 1827
   num_tasks: int = 4417
   attempts: int = 100
+  filter: str = "searcher"
   baseline_attempts: int = 2
   num_trajectories: int = 200
   workers: int = 2
@@ -57,6 +59,10 @@ class SynthesisConfig:
     for name in ("baseline_attempts", "num_trajectories"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+    if self.filter not in policies.FILTERS:
+      raise ValueError(
+        f"filter={self.filter!r} is none of {', '.join(policies.FILTERS)}"
+      )
     least, most = self.num_environments, 5 * self.num_environments
     if not least <= self.num_tasks <= most:
       raise ValueError(
@@ -83,7 +89,7 @@ class Timings:
 def synthesize(
   config: SynthesisConfig,
   index: int,
-  policy: policies.Policy = policies.searcher,
+  policy: policies.Policy | None = None,
   known: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, Any], Timings]:
   """Makes one environment.
@@ -91,7 +97,7 @@ def synthesize(
   Args:
     config: seed and numbers.
     index: of the environment.
-    policy: whose success keeps a task.
+    policy: whose success keeps a task; None: config.filter.
     known: fingerprints of data that are taken.
 
   Returns:
@@ -103,6 +109,7 @@ def synthesize(
     RuntimeError: if no try gives as many tasks as wanted.
   """
   timings, rejections = Timings(), []
+  policy = policy or policies.FILTERS[config.filter]
   for number in range(_ENVIRONMENT_TRIES):
     rng = random.Random(f"{config.seed}/{index}/{number}")
     name = f"general-{index:05d}"

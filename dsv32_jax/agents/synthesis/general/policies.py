@@ -1,4 +1,4 @@
-"""Policies that need no model: a random one, one of a single call, a searcher.
+"""Policies that need no model: random, of one call, planning, searching.
 
 A policy plays one attempt of an episode. It gets what `reset` gave, a function
 that carries out a call, and a source of chance; it sees nothing else.
@@ -10,6 +10,7 @@ import random
 from typing import Any
 
 from dsv32_jax.agents.environments import protocol
+from dsv32_jax.agents.synthesis.general import planning
 from dsv32_jax.agents.synthesis.general import reading
 from dsv32_jax.agents.synthesis.general import searching
 
@@ -75,11 +76,25 @@ def searcher(start: protocol.Start, call: Call, rng: random.Random):
     call("submit_result", {"answer_text": json.dumps(answer)})
 
 
+def planner(start: protocol.Start, call: Call, rng: random.Random):
+  """Explores by types and answers what is true of some thing; see planning."""
+  notes = planning.explore(start, call, rng)
+  seen = [*notes.facts, *_leaves(list(notes.facts.values()))]
+  draw = lambda schema: random_value(schema, seen, rng)
+  answer = notes.answer(_answer_schema(start), draw, rng)
+  call("submit_result", {"answer_text": json.dumps(answer)})
+
+
 BASELINES = {
   "random": random_policy,
+  "planner": planner,
   "one_list": one_call,
   "one_call": told_name,
 }
+
+
+# Whose success may keep a task.
+FILTERS = {"searcher": searcher, "planner": planner}
 
 
 def _first(tool):
@@ -125,10 +140,13 @@ def random_value(schema, seen, rng):
 
 
 def _submit(start, call, seen, rng):
-  text = start.observation
-  schema = json.loads(text[text.index("schema: ") + len("schema: ") :])
-  answer = random_value(schema, seen, rng)
+  answer = random_value(_answer_schema(start), seen, rng)
   call("submit_result", {"answer_text": json.dumps(answer)})
+
+
+def _answer_schema(start):
+  text = start.observation
+  return json.loads(text[text.index("schema: ") + len("schema: ") :])
 
 
 def _leaves(value):
