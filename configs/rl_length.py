@@ -9,7 +9,6 @@ Variants: full, smoke (a minute; shows that it runs and nothing else).
 import dataclasses
 
 from configs import rl
-from configs import rl_shown
 from dsv32_jax.rl import length_study
 from dsv32_jax.rl import run_config
 from dsv32_jax.training import checkpoint
@@ -25,28 +24,32 @@ def full() -> length_study.LengthConfig:
   return length_study.LengthConfig(
     rl=rl.rl_config(
       rl.tiny_model(),
-      row_length=111,
-      max_tokens=72,
+      row_length=95,
+      max_tokens=56,
       max_batch=16,
-      tasks=(mixture.TaskConfig(kind="sorting", size=4, largest=20),),
+      tasks=(mixture.TaskConfig(kind="sorting", size=3, largest=20),),
       reward=reward.RewardConfig(
         thinking=True,
-        # 31 tokens with one step in the thinking, 61 with four: 0.05 and 0.28.
-        length=length.LengthPenalty(free_tokens=24, max_tokens=64, weight=0.3),
+        # 25 tokens with one step in the thinking, 42 with three: 0.05 and 0.24.
+        length=length.LengthPenalty(free_tokens=20, max_tokens=48, weight=0.3),
       ),
       optimizer=optimizer.OptimizerConfig(
         schedule=schedule.ScheduleConfig(peak=1e-3, warmup_steps=10),
         weight_decay=0.0,
       ),
-      rollouts=60,
+      rollouts=40,
       prompts=16,
       evaluation=run_config.EvaluationConfig(every=20, problems=400),
       checkpoint=checkpoint.CheckpointConfig(every_steps=20, max_to_keep=1),
     ),
-    sft_optimizer=rl_shown.full().sft_optimizer,
-    solved=500,
+    sft_optimizer=optimizer.OptimizerConfig(
+      schedule=schedule.ScheduleConfig(
+        peak=3e-3, warmup_steps=20, hold_steps=380, decay_steps=400, final=3e-4
+      )
+    ),
+    solved=2000,
     direct_every=2,
-    steps=600,
+    steps=800,
     sequence_length=128,
     batch_size=16,
   )

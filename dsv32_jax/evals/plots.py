@@ -14,6 +14,8 @@ COLORS = {
 }
 _OTHERS = ("#1f5fbf", "#c0504d", "#3a8f4d", "#d79b00", "#7b4fa3", "#4c4c4c")
 _DPI = 130
+# Entries of a legend that find room beside the lines.
+_FEW = 4
 
 
 def lines(
@@ -68,7 +70,10 @@ def lines(
     axes.set_yscale("log")
   if from_zero:
     axes.set_ylim(bottom=0)
-  axes.legend()
+  if len(order) > _FEW:
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+  else:
+    axes.legend()
   figure.savefig(path, dpi=_DPI)
 
 

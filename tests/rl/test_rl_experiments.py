@@ -90,7 +90,7 @@ def test_the_start_sees_long_and_short_thinking():
     thinking, end, answer, eos = learnt
     steps = problem.reasoning.splitlines()
     kept = steps[-1:] if number % 2 == 0 else steps
-    assert len(steps) == 4 and thinking["text"].splitlines() == kept
+    assert len(steps) == 3 and thinking["text"].splitlines() == kept
     assert (end["special"], eos["special"]) == ("think_end", "eos")
     assert problem.score(answer["text"]).value == 1
 
