@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dsv32_jax import sharding
+from dsv32_jax.ahead import hlo
 from dsv32_jax.model import attention
 from dsv32_jax.model import selection
 from dsv32_jax.model import token_order
@@ -59,6 +60,41 @@ def test_causal_work_is_balanced(shards):
     own.max() / own.mean(), (2 * shards - 1) / shards, rtol=0.01
   )
   assert balanced.max() / balanced.mean() < 1.001
+
+
+def test_gradients_of_keys_go_back_to_their_tokens():
+  """Each device reads every key and gets the sum for its own tokens only."""
+  order = token_order.TokenOrder(4)
+  key_BSX, query_BTX = jax.random.normal(jax.random.key(0), (2, 2, 16, 3))
+
+  def loss(key_BSX, layout):
+    def run(query_BTX, key_BSX):
+      in_order_BSX = layout.in_order(key_BSX)
+      return (jnp.einsum("BTX,BSX->BTS", query_BTX, in_order_BSX),)
+
+    (score_BTS,) = sharding.shard_call(
+      run,
+      (query_BTX, key_BSX),
+      (attention.ROWS, layout.axes),
+      (attention.ROWS,),
+    )
+    return jnp.sum(jnp.sin(score_BTS) * jnp.arange(16))
+
+  wanted = jax.grad(lambda x: loss(order.restore(x), attention.WHOLE))(key_BSX)
+  layout = attention.KeyLayout(split=True, order=order)
+  mesh = sharding.make_mesh(sharding.MeshConfig(context=4), jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    spec = sharding.partition_spec((2, 16, 3), ("batch", "length", None), mesh)
+    placed = jax.device_put(key_BSX, jax.NamedSharding(mesh, spec))
+    step = jax.jit(lambda x: jax.grad(loss)(x, layout)).lower(placed).compile()
+    found = step(placed)
+  np.testing.assert_allclose(found, wanted, rtol=RTOL, atol=ATOL)
+  moved = hlo.traffic(step.as_text(), 4).bytes
+  # Among four devices; a sum over axes of one device moves nothing.
+  own = 2 * 4 * 3 * 4
+  assert moved["all-gather"] == moved["reduce-scatter"] == 3 * own
+  assert moved.get("all-reduce", 0) == 0
+  assert found.sharding.shard_shape(found.shape) == (2, 4, 3)
 
 
 @pytest.mark.parametrize(

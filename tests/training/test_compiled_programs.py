@@ -13,6 +13,7 @@ from dsv32_jax.ahead import estimate
 from dsv32_jax.ahead import hlo
 from dsv32_jax.ahead import jaxpr_flops
 from dsv32_jax.ahead import report as report_lib
+from pallas_kernels import index_select
 from pallas_kernels import masked_attention
 from pallas_kernels import sparse_mla
 
@@ -227,6 +228,23 @@ def test_products_of_a_kernel_whose_grid_the_data_tell():
   )
   pairs = heads * length * length
   assert found == 2 * pairs * ((width + value) + (3 * width + 2 * value))
+
+
+def test_products_of_a_kernel_whose_loop_the_data_tell():
+  """Index scores of every key: up to which a query sees, the data tell."""
+  queries, keys, heads, width = 256, 4096, 8, 128
+  bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  select = functools.partial(
+    index_select.index_select, top_k=64, implementation="tpu"
+  )
+  found = flops(
+    select,
+    bf16(2, queries, heads, width),
+    bf16(2, keys, width),
+    jax.ShapeDtypeStruct((2, queries, heads), jnp.float32),
+    jax.ShapeDtypeStruct((2, queries), jnp.int32),
+  )
+  assert found == 2 * 2 * queries * keys * heads * width
 
 
 def test_an_estimate_adds_products_and_exchange():
