@@ -175,9 +175,26 @@ def shell(order) -> dict:
   return found
 
 
+def _within(path: str) -> str:
+  """Returns where a path of the tree is; OrderError if it leads elsewhere."""
+  try:
+    os.fsencode(path)
+  except UnicodeEncodeError:
+    path += "\0"
+  if "\0" in path:
+    raise folders.OrderError("there is no file of that name")
+  whole, root = os.path.join(TREE, path), os.path.realpath(TREE)
+  real = os.path.realpath(whole)
+  if os.path.commonpath([root, real]) != root:
+    raise folders.OrderError(f"{path} leads out of the repository")
+  if os.path.exists(real) and not (os.path.isfile(real) or os.path.isdir(real)):
+    raise folders.OrderError(f"{path} is no file")
+  return whole
+
+
 def view(order) -> dict:
   """Shows numbered lines of a file, or what a folder holds."""
-  path = os.path.join(TREE, order["path"])
+  path = _within(order["path"])
   try:
     if os.path.isdir(path):
       names = sorted(os.listdir(path))
@@ -195,7 +212,7 @@ def view(order) -> dict:
 
 def edit(order) -> dict:
   """Replaces a text that a file holds once; an empty one begins a file."""
-  path, old = os.path.join(TREE, order["path"]), order["old"]
+  path, old = _within(order["path"]), order["old"]
   try:
     if not old:
       if os.path.lexists(path):
