@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -17,15 +19,23 @@ from tests.support import scripted_server
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+def command(variant, workdir, *flags):
+  return [
+    *(sys.executable, "-m", "experiments.synthesize"),
+    f"--config=configs/synthesize.py:{variant}",
+    *(f"--workdir={workdir}", *flags),
+  ]
+
+
+def environment():
+  return {**os.environ, "OPENAI_API_KEY": "none"}
+
+
 def run(variant, workdir, *flags):
   return subprocess.run(
-    [
-      *(sys.executable, "-m", "experiments.synthesize"),
-      f"--config=configs/synthesize.py:{variant}",
-      *(f"--workdir={workdir}", *flags),
-    ],
+    command(variant, workdir, *flags),
     cwd=ROOT,
-    env={**os.environ, "OPENAI_API_KEY": "none"},
+    env=environment(),
     capture_output=True,
     text=True,
     check=False,
@@ -68,7 +78,7 @@ def interpreter(messages):
   if "Hand it in" in text:
     return authors.say(
       "hand_in_problem",
-      statement="Add up n * n modulo 97 for n from 0 to 4999.",
+      statement=f"{text[:60]} Add up n * n modulo 97 for n from 0 to 4999.",
       files={},
       solution=code,
       tolerance=0,
@@ -96,6 +106,49 @@ def test_interpreter(tmp_path):
   assert "1 tasks of 1 candidates" in done.stdout
   report = json.loads((tmp_path / "report.json").read_text())
   assert report["trajectories_rewarded"] == 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_and_repeats_nothing(tmp_path):
+  asked = []
+
+  def script(messages):
+    if len(messages) == 2 and "Hand it in" in messages[1]["content"]:
+      asked.append(messages[1]["content"][:60])
+    return interpreter(messages)
+
+  path = tmp_path / "candidates.jsonl"
+  with scripted_server.serving(script) as url:
+    flags = (
+      f"--config.base_url={url}",
+      "--config.model=script",
+      "--config.num_tasks=3",
+      "--config.concurrency=1",
+    )
+    killed = subprocess.Popen(
+      command("interpreter_authored", tmp_path, *flags),
+      cwd=ROOT,
+      env=environment(),
+      stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not path.exists() or b"\n" not in path.read_bytes():
+      assert time.monotonic() < deadline and killed.poll() is None
+      time.sleep(0.02)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    before, first = path.read_bytes(), asked[0]
+    assert before.count(b"\n") < 3
+    done = run("interpreter_authored", tmp_path, *flags)
+  assert done.returncode == 0, done.stderr
+  assert path.read_bytes().startswith(before)
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [row["id"] for row in rows] == [
+    f"interpreter-{number:06d}" for number in range(3)
+  ]
+  # What had its row was not asked for again.
+  assert asked.count(first) == 1 and len(set(asked)) == 3
+  assert "3 tasks of 3 candidates" in done.stdout
 
 
 def search(messages):
