@@ -10,6 +10,8 @@ scheduling and sampling), `dsa` and `dense` (the plain cache, the model alone).
 `throughput`: tokens a second of the 65M model against the sequences of a batch
 that hold 8192 tokens each, and Hugging Face transformers' step on the same
 checkpoint (a forward behind its cache; what its `generate` adds is left out).
+`prompts`: 64 prompts of 32 to 64 tokens up to their first tokens, 100M model,
+by the rows of a step: in one there is a part of one prompt.
 `gap`: how far log-probabilities of engine and trainer are apart, by type.
 
 Random weights; caches hold random numbers of unit size but in `gap`: what they
@@ -33,7 +35,7 @@ from experiments import common
 from experiments import row_process
 
 common.define_workdir_flag()
-_JOBS = ("position", "throughput", "gap")
+_JOBS = ("position", "throughput", "gap", "prompts")
 _ONLY = flags.DEFINE_multi_enum("only", [], _JOBS, "Jobs to run; none: all.")
 _POSITIONS = flags.DEFINE_list(
   "positions",
@@ -85,7 +87,7 @@ def main(argv):
     )
     if not _ONLY.value or row["job"] in _ONLY.value
   ]
-  if any(row["job"] != "position" for row in chosen):
+  if any(row["job"] in ("throughput", "gap") for row in chosen):
     from experiments import benchmark_parity
 
     benchmark_parity.make_inputs(workdir, 1)

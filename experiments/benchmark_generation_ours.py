@@ -13,6 +13,7 @@ from dsv32_jax.model import fresh
 from dsv32_jax.model import presets
 from dsv32_jax.model import selection
 from experiments import benchmark_generation_gap
+from experiments import benchmark_generation_prompts
 from experiments import stopwatch
 
 # B batch, T tokens
@@ -26,16 +27,20 @@ def measure(row, path) -> dict:
 
   Args:
     row: mapping with `job`, `variant`, `batch` and `length`.
-    path: Hugging Face folder of the 65M model, not for `position`.
+    path: Hugging Face folder of the 65M model, for `throughput` and `gap`.
 
   Returns:
-    As stopwatch.measure, of a step; of `gap` as benchmark_generation_gap's.
+    As stopwatch.measure, of a step; of `gap` and `prompts` as their modules'.
   """
   if row["job"] == "gap":
     return benchmark_generation_gap.measure(row, path)
   if row["job"] == "throughput":
     return _engine(weights.load_hf(path), row["batch"], row["length"])
   model = fresh.fresh_model(presets.small(), seed=0, dtype=jnp.float32)
+  if row["job"] == "prompts":
+    return benchmark_generation_prompts.measure(
+      model, row["batch"], row["length"], int(row["variant"].split()[0])
+    )
   if row["variant"] == "engine":
     return _engine(model, row["batch"], row["length"])
   return _plain(model, row["variant"], row["length"])

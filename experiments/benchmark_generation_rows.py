@@ -28,6 +28,8 @@ def rows(positions, batches, context: int, threads: int):
         yield row("throughput", "transformers", variant, batch, context)
   for variant in ("float32", "bfloat16"):
     yield row("gap", "ours", variant, 4, 512)
+  for count in (1, 4, 8):
+    yield row("prompts", "ours", f"{count} rows", 64, 64)
 
 
 def integers(name: str, values) -> list[int]:

@@ -10,6 +10,7 @@ from dsv32_jax.evals import engine_time
 from dsv32_jax.generation import engine as engine_lib
 from experiments import benchmark_generation_gap
 from experiments import benchmark_generation_plots
+from experiments import benchmark_generation_prompts
 from experiments import benchmark_generation_rows
 from tests.support import models
 
@@ -31,13 +32,13 @@ def results():
 
 def test_rows_are_not_repeated():
   rows = [json.dumps(row) for row in all_rows()]
-  assert len(set(rows)) == len(rows) == 6 + 3 + 4 + 2
+  assert len(set(rows)) == len(rows) == 6 + 3 + 4 + 2 + 3
 
 
 def test_plots_and_ratios_take_the_last_result_of_a_row(tmp_path):
   recorded = tmp_path / "generation.jsonl"
   rows = list(results())
-  rows = [rows[-3] | dict(seconds=1e-9), *rows]
+  rows = [rows[-6] | dict(seconds=1e-9), *rows]
   recorded.write_text("".join(json.dumps(row) + "\n" for row in rows))
   assert len(benchmark_generation_plots.load(recorded)) == len(all_rows())
   assert benchmark_generation_plots.write(recorded, tmp_path) == [
@@ -74,6 +75,14 @@ def test_an_engine_in_the_middle_of_long_answers(model):
   assert {event.finish_reason for event in events[-1]} == {"length"}
   with pytest.raises(ValueError, match="rows or pages"):
     engine.start(4, 9, num_tokens=2)
+
+
+def test_many_short_prompts(model):
+  found = benchmark_generation_prompts.measure(model, 6, 9, rows=2)
+  assert 6 * 4 <= found["tokens"] <= 6 * 9
+  # Two prompts a step.
+  assert found["steps"] == 3
+  assert 0 < found["first_token_seconds"] < max(found["runs"])
 
 
 @pytest.mark.parametrize(
