@@ -57,10 +57,17 @@ TARGETS = (
   Target("dense_warmup", "v5p:8x8x16", {}),
   Target("sparse", "v5p:8x8x16", {}),
   Target("sparse", "v5p:8x8x8", _mesh(30, fsdp=1, expert=16, context=32)),
+  Target("sparse", "v5p:4x8x8", _mesh(60, fsdp=1, expert=8, context=32)),
   Target("sparse", "tpu7x:4x4x8", _mesh(60, fsdp=1, expert=8, context=32)),
   Target("grpo", "v5p:8x8x16", {}),
   Target("prefill", "v5p:4x4x4", {}),
   Target("decode", "v5p:4x4x4", {}),
+  # The weights alone take 78 GiB of each of 16 chips.
+  Target(
+    "decode",
+    "v5p:4x4x2",
+    {"mesh.expert": 16, "mesh.tensor": 2, "batch_size": 16},
+  ),
   # 32 nodes of eight, by arithmetic.
   Target("sparse", "h200:256", _mesh(30, fsdp=2, expert=8, context=16)),
 )
@@ -111,7 +118,10 @@ def row(target: Target, report: dict) -> tuple[str, ...]:
   else:
     run = f"{report['program_flops_per_step'] / model:.2f}x"
     moved = sum(report["collective_bytes_per_device"].values())
-    made = f"{report['compile_seconds']:.0f} s, {gib('host_peak_bytes')} GiB"
+    made = (
+      f"{report['compile_seconds']:.0f} s ({report['processor_seconds']:.0f} of"
+      f" processor), {gib('host_peak_bytes')} GiB"
+    )
   return (
     *head,
     gib("argument_bytes_per_device"),

@@ -17,6 +17,7 @@ REPORT = {
   "program_flops_per_step": 3e19,
   "collective_bytes_per_device": {"all-gather": 2e11, "all-reduce": 1e11},
   "compile_seconds": 240.0,
+  "processor_seconds": 300.0,
   "host_peak_bytes": 8 * 2**30,
   "step_seconds": 90.0,
   "mfu": 0.25,
@@ -34,7 +35,7 @@ def test_a_line_tells_what_was_reported():
     "20000",
     "1.50x",
     "300",
-    "240 s, 8.0 GiB",
+    "240 s (300 of processor), 8.0 GiB",
     "90 s, 25%",
   )
 
