@@ -138,14 +138,32 @@ def test_what_does_not_pass(box):
       {"answer_schema": {"type": "string", "pattern": "(a+)+$"}},
       "may not use 'pattern'",
     ),
+    "a tool that does the work": (
+      {
+        "solution": (
+          "def solve():\n  get_rooms(floor=0)\n  get_rooms(floor=1)\n"
+          "  return get_best()\n"
+        )
+      },
+      "one call of get_best tells the answer",
+    ),
     "a reference": ({"answer_schema": {"$ref": "http://x"}}, "may not use"),
   }
   shop = workshop.Workshop("lamps", box)
+  best = authors.VERIFIER.format(floors="(0)").partition("  return")[0]
+  best = best.replace("def verify(answer)", "def get_best()")
+  best += "  return {'lamps': [rows[0][0]], 'watts': rows[0][1]}\n"
   calls = [
     *authors.begin(),
+    authors.tool(
+      "get_rooms",
+      name="get_best",
+      parameters=authors.parameters(),
+      source=best,
+    ),
     *(authors.proposal(**changes) for changes, _ in wrong.values()),
   ]
-  told = observe(shop, calls)[4:]
+  told = observe(shop, calls)[5:]
   for (name, (_, want)), text in zip(wrong.items(), told, strict=True):
     assert text.startswith("error: the task does not pass: "), name
     assert want in text, (name, text)
@@ -255,6 +273,7 @@ def test_scripts_that_misbehave_lose_their_candidate(tmp_path, box):
   scripts = [
     [{"role": "assistant", "content": "I would rather not."}],
     [authors.say("shell", commands=1), policies.call("shell", "{")] * 20,
+    [*authors.begin(), authors.proposal(), authors.say("finish")],
     authors.whole(),
   ]
   given = iter(scripts)
@@ -268,14 +287,19 @@ def test_scripts_that_misbehave_lose_their_candidate(tmp_path, box):
       return await self.script.complete(conversation, max_tokens=max_tokens)
 
   gives_up = policy(*[authors.say("submit_result", answer_text="{}")] * 9)
-  authored.run(CONFIG, tmp_path, Several(), gives_up, box)
+  more = dataclasses.replace(CONFIG, max_candidates=4)
+  authored.run(more, tmp_path, Several(), gives_up, box)
   assert [row["reason"] for row in authoring.rows(tmp_path)] == [
     "nothing was handed in, the episode ended with answered",
     "nothing was handed in, the episode ended with max_turns",
-    "no task was solved",
+    "no task was kept",
+    "no task was kept",
   ]
-  told = authoring.rows(tmp_path)[2]["rejections"]
-  assert [x["reason"] for x in told] == ["pass@2 is zero"]
+  told = [row["rejections"] for row in authoring.rows(tmp_path)[2:]]
+  assert [x["reason"] for rows in told for x in rows] == [
+    "its solution makes less than 4 tool calls",
+    "pass@2 is zero",
+  ]
 
 
 @pytest.mark.slow

@@ -157,15 +157,16 @@ def tells_answer(text: str, answer: Any) -> bool:
 
   An answer with none, and one of truth values alone, is told by nothing.
   """
-  leaves = [leaf for leaf in _leaves(answer) if str(leaf).strip()]
-  return bool(leaves) and all(_stands(str(leaf), text) for leaf in leaves)
+  found = [leaf for leaf in leaves(answer) if str(leaf).strip()]
+  return bool(found) and all(_stands(str(leaf), text) for leaf in found)
 
 
-def _leaves(value):
+def leaves(value: Any) -> list[Any]:
+  """Returns the words and numbers that a JSON value holds."""
   if isinstance(value, dict):
     value = list(value.values())
   if isinstance(value, list):
-    return [leaf for inner in value for leaf in _leaves(inner)]
+    return [leaf for inner in value for leaf in leaves(inner)]
   return [] if value is None or isinstance(value, bool) else [value]
 
 

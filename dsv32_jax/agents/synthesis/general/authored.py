@@ -53,6 +53,7 @@ class GeneralAuthoringConfig(authoring.AuthoringConfig):
     categories: of environments, taken in turn.
     tasks_of_environment: at most.
     levels: of difficulty.
+    least_calls: tool calls of the solution of a task that is kept.
     attempts: a task is kept if one of so many attempts solves it.
     corpus: index of documents that may be searched for data, as
       `search_index.build` writes it; "" for none.
@@ -61,6 +62,7 @@ class GeneralAuthoringConfig(authoring.AuthoringConfig):
   categories: tuple[str, ...] = CATEGORIES
   tasks_of_environment: int = 3
   levels: int = 4
+  least_calls: int = 4
   attempts: int = 100
   corpus: str = ""
 
@@ -68,7 +70,7 @@ class GeneralAuthoringConfig(authoring.AuthoringConfig):
     super().__post_init__()
     if not self.categories:
       raise ValueError("categories=() must name one at least")
-    for name in ("tasks_of_environment", "levels", "attempts"):
+    for name in ("tasks_of_environment", "levels", "least_calls", "attempts"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
@@ -151,17 +153,21 @@ async def candidate(
   kept = []
   for number, task in enumerate(work.tasks):
     task = {"id": f"{row_id}-{number}", "kind": category, **task}
-    used = await solved_after(record, task, solver, box, config)
-    if used is None:
-      reason = f"pass@{config.attempts} is zero"
+    reason, used = "", None
+    if task["solution_calls"] < config.least_calls:
+      reason = f"its solution makes less than {config.least_calls} tool calls"
+    else:
+      used = await solved_after(record, task, solver, box, config)
+    if used is not None:
+      kept.append({**task, "attempts_until_solved": used})
+    else:
+      reason = reason or f"pass@{config.attempts} is zero"
       row["rejections"].append(
         {"task": number, "level": task["level"], "reason": reason}
       )
-    else:
-      kept.append({**task, "attempts_until_solved": used})
   if not kept:
     taken.discard(row["fingerprint"])
-    return _rejected(row, "no task was solved")
+    return _rejected(row, "no task was kept")
   return {**row, "status": "kept", **record, "tasks": kept}
 
 

@@ -23,6 +23,8 @@ from dsv32_jax.agents.synthesis.general import tasks
 # The share of random answers that may be right, and how many are drawn.
 _LUCK, _DRAWN = 0.05, 60
 _MOST_SCHEMA_DEPTH = 8
+# Of a solution's calls, those that are looked at one by one.
+_MOST_REPLAYED = 300
 # No reference, no pattern that takes for ever, nothing that is not drawn from.
 _SCHEMA_KEYS = {
   *("type", "properties", "required", "additionalProperties", "items", "enum"),
@@ -108,6 +110,7 @@ async def _judge(box, rows, written_tools, proposal, least_calls):
   if answer is None:
     raise tasks.Rejection("the solution finds no answer")
   wrong = _check_answers(checker, answer, proposal)
+  await _check_single_calls(box, rows, written_tools, calls, answer)
   drawn = _random_answers(checker, rows, answer, proposal)
   world = written.WrittenWorld(box, rows)
   try:
@@ -161,6 +164,21 @@ def _check_calls(written_tools, calls):
       raise tasks.Rejection(
         f"the solution makes a call that no agent can make: {error}"
       ) from error
+
+
+async def _check_single_calls(box, rows, written_tools, calls, answer):
+  """Refuses a tool that does the work: one call that tells little but that."""
+  world = written.WrittenWorld(box, rows, written_tools)
+  most = 2 * len(authoring.leaves(answer))
+  distinct = {json.dumps(call, sort_keys=True): call for call in calls}
+  try:
+    for name, arguments in list(distinct.values())[:_MOST_REPLAYED]:
+      told = await world.call_tool(name, arguments)
+      is_little = len(authoring.leaves(told)) <= most
+      if is_little and authoring.tells_answer(json.dumps(told), answer):
+        raise tasks.Rejection(f"one call of {name} tells the answer")
+  finally:
+    world.close()
 
 
 def _check_answers(checker, answer, proposal):
