@@ -89,7 +89,7 @@ def test_the_start_sees_long_and_short_thinking():
     learnt = [piece for piece in pieces if piece.get("learnt")]
     thinking, end, answer, eos = learnt
     steps = problem.reasoning.splitlines()
-    kept = steps[-1:] if number % 2 == 0 else steps
+    kept = steps if number % LENGTH.direct_every else steps[-1:]
     assert len(steps) == 3 and thinking["text"].splitlines() == kept
     assert (end["special"], eos["special"]) == ("think_end", "eos")
     assert problem.score(answer["text"]).value == 1
