@@ -114,6 +114,8 @@ def load() -> LocalModel:
     max_length=length,
     speculate=_SPECULATE.value,
     index_key_format=_INDEX_KEYS.value,
+    # All tokens of an answer, and as many biases as a request may have.
+    most_adjusted=length + 1024,
   )
   pages = config.pages_for(model.config, model.compute_dtype)
   engine = engines.Engine(
