@@ -112,7 +112,7 @@ async def candidate(
   source: search_index.Source | None = None,
   taken: set[str] | None = None,
 ) -> dict[str, Any]:
-  """Has one environment written; returns its row without the id.
+  """Has one environment written; returns its row.
 
   Args:
     config: what to make.
@@ -138,6 +138,7 @@ async def candidate(
   )
   work = shop.work
   row = {
+    "id": row_id,
     "category": category,
     "finish": episode.result.finish,
     "turns": episode.result.num_turns,
@@ -150,25 +151,31 @@ async def candidate(
     return _rejected(row, "its data equal those of another")
   taken.add(row["fingerprint"])
   record = {"rows": work.rows, "tools": work.tools}
-  kept = []
-  for number, task in enumerate(work.tasks):
-    task = {"id": f"{row_id}-{number}", "kind": category, **task}
-    reason, used = "", None
-    if task["solution_calls"] < config.least_calls:
-      reason = f"its solution makes less than {config.least_calls} tool calls"
-    else:
-      used = await solved_after(record, task, solver, box, config)
-    if used is not None:
-      kept.append({**task, "attempts_until_solved": used})
-    else:
-      reason = reason or f"pass@{config.attempts} is zero"
-      row["rejections"].append(
-        {"task": number, "level": task["level"], "reason": reason}
-      )
+  kept = [
+    task
+    async for task in _kept_tasks(config, solver, box, row, record, work.tasks)
+  ]
   if not kept:
     taken.discard(row["fingerprint"])
     return _rejected(row, "no task was kept")
   return {**row, "status": "kept", **record, "tasks": kept}
+
+
+async def _kept_tasks(config, solver, box, row, record, made):
+  """Yields the tasks that are kept; the row notes why others are not."""
+  for number, task in enumerate(made):
+    task = {"id": f"{row['id']}-{number}", "kind": row["category"], **task}
+    reason = f"pass@{config.attempts} is zero"
+    if task["solution_calls"] < config.least_calls:
+      reason = f"its solution makes less than {config.least_calls} tool calls"
+    else:
+      used = await solved_after(record, task, solver, box, config)
+      if used is not None:
+        yield {**task, "attempts_until_solved": used}
+        continue
+    row["rejections"].append(
+      {"task": number, "level": task["level"], "reason": reason}
+    )
 
 
 def _rejected(row, reason):
