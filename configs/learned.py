@@ -25,7 +25,6 @@ def _config(run: run_config.RlConfig, **changes) -> learned.LearnedConfig:
     sft_optimizer=optimizer.OptimizerConfig(
       schedule=schedule.ScheduleConfig(peak=3e-3, warmup_steps=20)
     ),
-    sft_steps=400,
     sequence_length=max(run.row_lengths),
     batch_size=16,
   )
@@ -33,12 +32,20 @@ def _config(run: run_config.RlConfig, **changes) -> learned.LearnedConfig:
 
 
 def calculator() -> learned.LearnedConfig:
-  return _config(rl.calculator(rollouts=60))
+  return _config(
+    rl.calculator(rollouts=24, prompts=8),
+    held_out=256,
+    solved=500,
+    sft_steps=250,
+  )
 
 
 def look_ups() -> learned.LearnedConfig:
   unseen = episode_config.EnvironmentConfig(kind="lookups", domains=rl.UNSEEN)
-  return _config(rl.look_ups(rollouts=60), unseen=(unseen,))
+  # After 340 steps 93% of the tokens are right, of 150 in an episode.
+  return _config(
+    rl.look_ups(rollouts=60, prompts=8), unseen=(unseen,), sft_steps=2000
+  )
 
 
 def smoke() -> learned.LearnedConfig:
@@ -55,6 +62,7 @@ def smoke() -> learned.LearnedConfig:
     held_out=4,
     solved=20,
     sft_steps=2,
+    batch_size=4,
   )
 
 

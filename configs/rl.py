@@ -153,9 +153,9 @@ def episodes(
 
 
 def calculator(**changes) -> run_config.RlConfig:
-  """Arithmetic, each step by a tool."""
-  one = episode_config.EnvironmentConfig(kind="calculator", size=3, largest=20)
-  return episodes(one, vocab_size=384, window=256, **changes)
+  """One step of arithmetic, by a tool."""
+  one = episode_config.EnvironmentConfig(kind="calculator", size=2, largest=50)
+  return episodes(one, vocab_size=384, window=176, **changes)
 
 
 def look_ups(**changes) -> run_config.RlConfig:
