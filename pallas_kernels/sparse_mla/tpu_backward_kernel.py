@@ -37,7 +37,7 @@ from pallas_kernels.sparse_mla import tpu_plan as plans
 from pallas_kernels.sparse_mla import tpu_rows as rows
 
 # Vector memory beside table and gradient.
-_ROOM = 14 * 2**20
+_ROOM = 16 * 2**20
 # Most keys that are unpacked and multiplied at once.
 _CHUNK = 512
 # Lists of an item: first words of its keys; first rows of their gradients, of

@@ -58,7 +58,7 @@ class Chip:
   """
 
   forward_keys: int = 32768
-  backward_keys: int = 12800
+  backward_keys: int = 12032
   pairs: bool = False
   additions: int = 4
 
