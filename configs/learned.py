@@ -32,11 +32,14 @@ def _config(run: run_config.RlConfig, **changes) -> learned.LearnedConfig:
 
 
 def calculator() -> learned.LearnedConfig:
+  # From 4.7% solved (500 tasks, 250 steps) GRPO at 5e-4 with 8 groups a rollout
+  # led nowhere in 24 rollouts: in most, hardly a group's rewards differed.
+  gentle = optimizer.OptimizerConfig(
+    schedule=schedule.ScheduleConfig(peak=2e-4, warmup_steps=10),
+    weight_decay=0.0,
+  )
   return _config(
-    rl.calculator(rollouts=24, prompts=8),
-    held_out=256,
-    solved=500,
-    sft_steps=250,
+    rl.calculator(rollouts=60, optimizer=gentle), held_out=256, sft_steps=600
   )
 
 
