@@ -42,6 +42,7 @@ def test_the_report(workdir):
   assert [json.loads(row)["name"] for row in rows] == [
     "synthesis",
     "baseline_random",
+    "baseline_planner",
     "baseline_one_list",
     "baseline_one_call",
   ]
