@@ -12,7 +12,6 @@ import pytest
 from configs import learned as configs
 from dsv32_jax import config_files
 from dsv32_jax.rl import learned
-from experiments import learned as program
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -45,6 +44,9 @@ def test_configs_keep_families_apart(variant):
 
 
 def test_a_report_by_hand():
+  # Imported here: its required flags are forgotten after the test.
+  from experiments import learned as program
+
   found = {
     "domains": {"seen": ["a", "a", "b", "b"]},
     "sft": {"seen": [0.0, 0.0, 1.0, 0.0]},

@@ -71,7 +71,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
 
 def test_mistakes_are_one_line(tmp_path):
   for argument, told in [
-    ("--config.family=none", "config.family='none' is none of code, general"),
+    ("--config.family=none", "config.family='none' is none of authored"),
     ("--config.num_tasks=0", "num_tasks=0 must be at least 1"),
   ]:
     done = run(tmp_path, argument)

@@ -29,10 +29,8 @@ def main():
   learn = policy_lib.Policy.learn
 
   def noted(self, rollout):
-    prompts = [
-      group[0].token_ids_N[~group[0].written_N].tolist()
-      for group in rollout.groups
-    ]
+    firsts = [group[0].parts[0] for group in rollout.groups]
+    prompts = [one.token_ids_N[~one.written_N].tolist() for one in firsts]
     with open(folder / "learned.jsonl", "a", encoding="utf-8") as file:
       row = [self.version, rollout.version, prompts]
       file.write(json.dumps(row) + "\n")
