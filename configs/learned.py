@@ -55,13 +55,7 @@ def smoke() -> learned.LearnedConfig:
   config = look_ups()
   return dataclasses.replace(
     config,
-    rl=dataclasses.replace(
-      config.rl,
-      rollouts=1,
-      prompts=2,
-      group_size=2,
-      evaluation=run_config.EvaluationConfig(every=2, problems=2),
-    ),
+    rl=rl.shortened(config.rl, rollouts=1, problems=2),
     held_out=4,
     solved=20,
     sft_steps=2,

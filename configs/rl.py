@@ -106,6 +106,18 @@ def tiny(**changes) -> run_config.RlConfig:
   )
 
 
+def shortened(config, *, rollouts=2, problems=4, group_size=2, **changes):
+  """Of a run, so much that every part of it is reached."""
+  return dataclasses.replace(
+    config,
+    rollouts=rollouts,
+    prompts=2,
+    group_size=group_size,
+    evaluation=run_config.EvaluationConfig(every=2, problems=problems),
+    **changes,
+  )
+
+
 # Families of environments that nothing is trained on.
 UNSEEN = episode_config.LOOKUP_DOMAINS[-3:]
 SEEN = episode_config.LOOKUP_DOMAINS[:-3]

@@ -47,13 +47,7 @@ def full() -> run_config.RlConfig:
 
 
 def smoke() -> run_config.RlConfig:
-  return dataclasses.replace(
-    full(),
-    rollouts=2,
-    prompts=2,
-    group_size=4,
-    evaluation=run_config.EvaluationConfig(every=2, problems=4),
-  )
+  return rl.shortened(full(), group_size=4)
 
 
 def get_config(variant: str = "full"):

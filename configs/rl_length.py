@@ -60,13 +60,7 @@ def smoke() -> length_study.LengthConfig:
   config = full()
   return dataclasses.replace(
     config,
-    rl=dataclasses.replace(
-      config.rl,
-      rollouts=2,
-      prompts=2,
-      group_size=2,
-      evaluation=run_config.EvaluationConfig(every=2, problems=4),
-    ),
+    rl=rl.shortened(config.rl),
     solved=20,
     steps=4,
   )

@@ -58,13 +58,7 @@ def smoke() -> shown.ShownConfig:
   config = full()
   return dataclasses.replace(
     config,
-    rl=dataclasses.replace(
-      config.rl,
-      rollouts=2,
-      prompts=2,
-      group_size=2,
-      evaluation=run_config.EvaluationConfig(every=2, problems=4),
-    ),
+    rl=rl.shortened(config.rl),
     evaluate_every=2,
     further_evaluate_every=2,
     patience=1,

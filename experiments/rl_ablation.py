@@ -9,9 +9,6 @@ each of solved answers, KL, entropy, ratios, dropped sequences and gradients.
 Called again, it goes on where it stood.
 """
 
-import collections
-import json
-
 from absl import flags
 import numpy as np
 
@@ -20,8 +17,8 @@ from dsv32_jax.evals import plots
 from dsv32_jax.evals import seeds
 from dsv32_jax.rl import ablation
 from dsv32_jax.rl import run_config
-from dsv32_jax.training import run
 from experiments import common
+from experiments import rl_arms
 
 common.define_common_flags()
 common.define_seeds_flag()
@@ -77,16 +74,9 @@ def main(argv):
   del argv
   config = config_files.build(run_config.RlConfig, flags.FLAGS.config)
   workdir = common.require_workdir()
-  results = collections.defaultdict(list)
-  try:
-    for arm, _, found in ablation.sweep(
-      config, common.num_seeds(), str(workdir)
-    ):
-      results[arm].append(found)
-      report = json.dumps(summarize(results), indent=1)
-      (workdir / "report.json").write_text(report + "\n", encoding="utf-8")
-  except run.Stopped as stopped:
-    print(f"{stopped}; the same command goes on from there")
+  sweep = ablation.sweep(config, common.num_seeds(), str(workdir))
+  results = rl_arms.follow(sweep, summarize, workdir)
+  if results is None:
     return
   draw(workdir, results)
   for arm, found in summarize(results).items():

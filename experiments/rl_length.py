@@ -9,17 +9,14 @@ with it. Writes DIR/report.json, DIR/pass_at_1.png and DIR/answer_tokens.png.
 Called again, it goes on where it stood.
 """
 
-import collections
-import json
-
 from absl import flags
 
 from dsv32_jax import config_files
 from dsv32_jax.evals import plots
 from dsv32_jax.evals import seeds
 from dsv32_jax.rl import length_study
-from dsv32_jax.training import run
 from experiments import common
+from experiments import rl_arms
 
 common.define_common_flags()
 common.define_seeds_flag()
@@ -73,16 +70,12 @@ def main(argv):
   del argv
   config = config_files.build(length_study.LengthConfig, flags.FLAGS.config)
   workdir = common.require_workdir()
-  results = collections.defaultdict(list)
-  try:
-    for _, arm, found in length_study.sweep(
-      config, common.num_seeds(), str(workdir)
-    ):
-      results[arm].append(found)
-      report = json.dumps(summarize(results) | {"curves": results}, indent=1)
-      (workdir / "report.json").write_text(report + "\n", encoding="utf-8")
-  except run.Stopped as stopped:
-    print(f"{stopped}; the same command goes on from there")
+  results = rl_arms.follow(
+    length_study.sweep(config, common.num_seeds(), str(workdir)),
+    lambda results: summarize(results) | {"curves": results},
+    workdir,
+  )
+  if results is None:
     return
   draw(workdir, results)
   for arm, found in summarize(results).items():

@@ -129,7 +129,7 @@ def run(
 
 
 def sweep(config: run_config.RlConfig, seeds: int, workdir: str):
-  """Yields (arm, seed, result) of every run; seed by seed, all arms of each."""
+  """Yields (arm, result) of every run; seed by seed, all arms of each."""
   check(config)
   for seed, arm in itertools.product(range(seeds), ARMS):
-    yield arm, seed, run(config, arm, seed, workdir)
+    yield arm, run(config, arm, seed, workdir)

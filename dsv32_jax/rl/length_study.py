@@ -156,7 +156,6 @@ def compare(config: LengthConfig, seed: int, workdir: str) -> dict[str, Any]:
 
 
 def sweep(config: LengthConfig, seeds: int, workdir: str):
-  """Yields (seed, arm, result) of every run."""
+  """Yields (arm, result) of every run."""
   for seed in range(seeds):
-    for arm, found in compare(config, seed, workdir).items():
-      yield seed, arm, found
+    yield from compare(config, seed, workdir).items()

@@ -1,10 +1,6 @@
 """The program that measures what episodes teach."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,23 +8,12 @@ import pytest
 from configs import learned as configs
 from dsv32_jax import config_files
 from dsv32_jax.rl import learned
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.support import programs
 
 
 def run_program(workdir, *flags):
-  command = [
-    *(sys.executable, "-m", "experiments.learned"),
-    *("--config=configs/learned.py:smoke", f"--workdir={workdir}", *flags),
-  ]
-  return subprocess.run(
-    command,
-    cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    capture_output=True,
-    text=True,
-    timeout=1500,
-    check=False,
+  return programs.run(
+    "learned", "learned.py:smoke", workdir, *flags, timeout=1500
   )
 
 

@@ -2,28 +2,16 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from configs import post_training as configs
+from tests.support import programs
 
 
 def post_train(workdir, *arguments):
-  return subprocess.run(
-    [
-      *(sys.executable, "-m", "experiments.post_train"),
-      "--config=configs/post_training.py:smoke",
-      f"--workdir={workdir}",
-      *arguments,
-    ],
-    check=False,
-    capture_output=True,
-    text=True,
-    timeout=290,
-    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+  return programs.run(
+    "post_train", "post_training.py:smoke", workdir, *arguments, timeout=290
   )
 
 

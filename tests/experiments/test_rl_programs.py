@@ -1,27 +1,15 @@
 """The comparisons of RL, run small as their users run them."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from tests.support import programs
 
 
 def run(program, workdir):
   """Runs the smoke variant of a program; returns its report."""
-  finished = subprocess.run(
-    [
-      *(sys.executable, "-m", f"experiments.{program}"),
-      f"--config=configs/{program}.py:smoke",
-      f"--workdir={workdir}",
-    ],
-    check=False,
-    capture_output=True,
-    text=True,
-    timeout=290,
-    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-  )
+  finished = programs.run(program, f"{program}.py:smoke", workdir)
   assert finished.returncode == 0, finished.stderr
   return json.loads((workdir / "report.json").read_text())
 

@@ -1,10 +1,5 @@
 """The RL program: its configs, its mistakes in one line, a run of it."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
 from configs import deepseek_v32_671b
@@ -12,8 +7,8 @@ from configs import rl
 from dsv32_jax import config_files
 from dsv32_jax.rl import run_config
 from dsv32_jax.training import metrics
+from tests.support import programs
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = (
   "--config.rollouts=2",
   "--config.prompts=2",
@@ -24,19 +19,7 @@ SMALL = (
 
 
 def run_program(workdir, *flags):
-  command = [
-    *(sys.executable, "-m", "experiments.train_rl"),
-    *("--config=configs/rl.py:tiny", f"--workdir={workdir}", *flags),
-  ]
-  return subprocess.run(
-    command,
-    cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    capture_output=True,
-    text=True,
-    timeout=280,
-    check=False,
-  )
+  return programs.run("train_rl", "rl.py:tiny", workdir, *flags)
 
 
 @pytest.mark.parametrize(

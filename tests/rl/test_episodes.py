@@ -8,7 +8,6 @@ import os
 import random
 import signal
 
-from flax import nnx
 import jax
 import numpy as np
 import pytest
@@ -36,7 +35,6 @@ from dsv32_jax.training import run
 from dsv32_jax.verifiers import length
 from dsv32_jax.verifiers import reward
 from tests.support import rl_runs
-from tests.support import stage_steps
 
 CALCULATOR = episode_config.EnvironmentConfig(
   kind="calculator", size=2, largest=9
@@ -249,16 +247,7 @@ def test_a_run_of_episodes_that_stopped_goes_on_bitwise(
   with pytest.raises(run.Stopped, match="rollout 2 of 4"):
     loop.train(config, str(tmp_path / "parts"))
   again = loop.train(config, str(tmp_path / "parts"))
-  one, other = (
-    (tmp_path / name / "metrics.jsonl").read_bytes()
-    for name in ("whole", "parts")
-  )
-  assert one == other
-  want, got = (
-    stage_steps.flat(nnx.state(policy.model())) for policy in (whole, again)
-  )
-  for path, value in want.items():
-    np.testing.assert_array_equal(got[path], value, err_msg=str(path))
+  rl_runs.assert_equal_runs(tmp_path, whole, again)
   rows = metrics.read_rows(tmp_path / "whole" / "metrics.jsonl")
   rows = [row for row in rows if row["name"] == "train"]
   assert [row["step"] for row in rows] == [1, 2, 3, 4]

@@ -4,9 +4,7 @@ import os
 import pathlib
 import signal
 
-from flax import nnx
 import jax
-import numpy as np
 import pytest
 
 from dsv32_jax import sharding
@@ -17,7 +15,6 @@ from dsv32_jax.training import metrics
 from dsv32_jax.training import run
 from tests.support import rl_runs
 from tests.support import scorers
-from tests.support import stage_steps
 
 
 @pytest.fixture(autouse=True)
@@ -69,16 +66,7 @@ def test_a_run_that_stopped_goes_on_bitwise(
     train(config, tmp_path / "parts")
   again = train(config, tmp_path / "parts")
   assert seen == [0, 1, 2, 3, 4, 5]
-  one, other = (
-    (tmp_path / name / "metrics.jsonl").read_bytes()
-    for name in ("whole", "parts")
-  )
-  assert one == other
-  want, got = (
-    stage_steps.flat(nnx.state(policy.model())) for policy in (whole, again)
-  )
-  for path, value in want.items():
-    np.testing.assert_array_equal(got[path], value, err_msg=str(path))
+  rl_runs.assert_equal_runs(tmp_path, whole, again)
   found = rows(tmp_path / "whole")
   assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
   assert [row["staleness"] for row in found] == [

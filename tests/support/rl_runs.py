@@ -1,5 +1,8 @@
 """A run of GRPO on a tiny model, for tests."""
 
+from flax import nnx
+import numpy as np
+
 from dsv32_jax.data import tokenizer
 from dsv32_jax.generation import programs
 from dsv32_jax.rl import config as learner_config
@@ -10,6 +13,7 @@ from dsv32_jax.training import optimizer
 from dsv32_jax.training import schedule
 from dsv32_jax.verifiers.tasks import mixture
 from tests.support import models
+from tests.support import stage_steps
 
 VOCAB = 300
 
@@ -55,3 +59,23 @@ def config(**changes):
     checkpoint=checkpoint.CheckpointConfig(every_steps=2),
   )
   return run_config.RlConfig(**(defaults | changes))
+
+
+def assert_equal_runs(folder, whole, parts):
+  """Asserts equal bytes of FOLDER/whole and FOLDER/parts, and of parameters.
+
+  Args:
+    folder: where both runs wrote their metrics.
+    whole: policy of the run that was let be.
+    parts: policy of the one that stopped and went on.
+  """
+  one, other = (
+    (folder / name / "metrics.jsonl").read_bytes()
+    for name in ("whole", "parts")
+  )
+  assert one == other
+  want, got = (
+    stage_steps.flat(nnx.state(policy.model())) for policy in (whole, parts)
+  )
+  for path, value in want.items():
+    np.testing.assert_array_equal(got[path], value, err_msg=str(path))
