@@ -217,11 +217,16 @@ class Gathered(NamedTuple):
       are gathered.
     dtype: type in which it travels, rounded to it; None keeps its own. The
       gradient travels in the weight's type.
+    tiled: whether the gradient is scattered as it lies, or with its parts as an
+      axis of their own. A TPU's compiler makes a sum on every device of some
+      scatters, of small parts in the first form and of large stacks of
+      matrices in the second: `ahead.hlo` tells.
   """
 
   stored: tuple[str | None, ...]
   wanted: tuple[str | None, ...]
   dtype: Any = None
+  tiled: bool = False
 
 
 def shard_call(function, args, in_axes, out_axes):
@@ -287,7 +292,9 @@ def _whole(share, shape, axes, mesh):
     for axis in reversed(_mesh_axes(has))
     if axis not in _mesh_axes(wants)
   ]
-  return _gather(share, tuple(hops), axes.dtype) if hops else share
+  if not hops:
+    return share
+  return _gather(share, tuple(hops), axes.dtype, axes.tiled)
 
 
 def _mesh_axes(entry) -> tuple[str, ...]:
@@ -295,28 +302,29 @@ def _mesh_axes(entry) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else entry or ()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(share, hops, dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(share, hops, dtype, tiled):
+  del tiled
   whole = share if dtype is None else share.astype(dtype)
   for dimension, axis in hops:
     whole = jax.lax.all_gather(whole, axis, axis=dimension, tiled=True)
   return whole.astype(share.dtype)
 
 
-def _gather_forward(share, hops, dtype):
-  return _gather(share, hops, dtype), None
+def _gather_forward(share, hops, dtype, tiled):
+  return _gather(share, hops, dtype, tiled), None
 
 
-def _gather_backward(hops, dtype, _, gradient):
+def _gather_backward(hops, dtype, tiled, _, gradient):
   del dtype
   for dimension, axis in reversed(hops):
-    # The parts are an axis of their own: scattered as tiles, parts that do not
-    # fill a TPU's registers are all reduced on every device.
-    shape, parts = gradient.shape, jax.lax.axis_size(axis)
+    if not tiled:
+      shape, parts = gradient.shape, jax.lax.axis_size(axis)
+      gradient = gradient.reshape(
+        *shape[:dimension], parts, -1, *shape[dimension + 1 :]
+      )
     gradient = jax.lax.psum_scatter(
-      gradient.reshape(*shape[:dimension], parts, -1, *shape[dimension + 1 :]),
-      axis,
-      scatter_dimension=dimension,
+      gradient, axis, scatter_dimension=dimension, tiled=tiled
     )
   # A TPU's compiler stops with an internal error where it tries to move such a
   # sum out of the loop over microbatches.

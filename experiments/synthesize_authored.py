@@ -1,7 +1,9 @@
 """The families of experiments.synthesize that a model writes."""
 
 import asyncio
+import contextlib
 import functools
+import os
 
 from dsv32_jax.agents import endpoint
 from dsv32_jax.agents import policy as policies
@@ -21,7 +23,7 @@ def policy(base_url: str, model: str) -> policies.Policy:
   """Returns the model behind a server.
 
   Raises:
-    ValueError: it is not said which.
+    ValueError: it is not said which, or it does not answer.
   """
   if not base_url or not model:
     raise ValueError(
@@ -31,7 +33,15 @@ def policy(base_url: str, model: str) -> policies.Policy:
   # Of the agents' extra, and needed for this alone.
   import openai
 
-  return endpoint.EndpointPolicy(openai.AsyncOpenAI(base_url=base_url), model)
+  # Servers of one's own ask for no key; without any the client refuses.
+  key = os.environ.get("OPENAI_API_KEY", "none")
+  try:
+    with contextlib.suppress(openai.APIStatusError):
+      openai.OpenAI(base_url=base_url, api_key=key).models.list()
+  except openai.APIConnectionError as error:
+    raise ValueError(f"config.base_url={base_url!r}: {error}") from error
+  client = openai.AsyncOpenAI(base_url=base_url, api_key=key)
+  return endpoint.EndpointPolicy(client, model)
 
 
 def _general(config, workdir, bar):

@@ -236,10 +236,10 @@ def routed_experts(
 
   tokens = ("batch", "length", None)
   wide = sharding.Gathered(
-    ("experts", "embed", "ffn"), ("experts", None, "ffn")
+    ("experts", "embed", "ffn"), ("experts", None, "ffn"), tiled=True
   )
   narrow = sharding.Gathered(
-    ("experts", "ffn", "embed"), ("experts", "ffn", None)
+    ("experts", "ffn", "embed"), ("experts", "ffn", None), tiled=True
   )
   (out_BTD,) = sharding.shard_call(
     run,

@@ -94,6 +94,14 @@ class Sampler:
     self._engine = engine_lib.Engine(
       model, config.sampler.engine, eos_id=tokenizer.eos_id
     )
+    engine = config.sampler.engine
+    pages = engine.pages_for(model.config, model.compute_dtype)
+    held = pages * engine.page_size
+    if held < config.episodes.limits.window:
+      raise ValueError(
+        f"the {held} tokens that sampler.engine has pages for are fewer than"
+        f" episodes.limits.window={config.episodes.limits.window}"
+      )
     self._tasks = environments.Tasks(
       config.episodes.environments, split="train", seed=config.seed
     )

@@ -54,8 +54,9 @@ class LengthConfig:
   batch_size: int
 
   def __post_init__(self):
-    if self.direct_every < 1:
-      raise ValueError(f"direct_every={self.direct_every} must be positive")
+    for name in ("direct_every", "solved", "steps"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be positive")
     for name, is_wrong in {
       "evaluation": self.rl.evaluation is None,
       "reward.length": self.rl.reward.length is None,

@@ -56,6 +56,7 @@ def train(
     run_lib.Stopped: after a SIGTERM, once the state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
+  training_loop.check_folder(config, workdir, _MAY_CHANGE)
   policy = policy_lib.Policy(config, workdir)
   with contextlib.ExitStack() as stack:
     stack.callback(policy.close)

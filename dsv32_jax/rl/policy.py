@@ -225,9 +225,9 @@ def _written(answers) -> float:
 
 
 def _tokenizer(config: run_config.RlConfig, workdir):
-  """The folder's tokenizer, made if there is none."""
+  """The folder's tokenizer, made where no run has begun."""
   path = os.path.join(workdir, run_lib.TOKENIZER_FILE)
-  if not os.path.exists(path):
+  if not run_lib.has_tokenizer(workdir):
     make_tokenizer(config).save(path)
   tokenizer = tokenizer_lib.load(path)
   if tokenizer.vocab_size > config.model.vocab_size:

@@ -72,6 +72,8 @@ class EvaluationConfig:
         raise ValueError(
           f"evaluation.{name}={getattr(self, name)} must be positive"
         )
+    if self.seed < 0:
+      raise ValueError(f"evaluation.seed={self.seed} is negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,8 @@ class RlConfig:
       )
     if self.max_staleness < 0:
       raise ValueError(f"max_staleness={self.max_staleness} is negative")
+    if self.seed < 0:
+      raise ValueError(f"seed={self.seed} is negative")
     if not self.row_lengths or min(self.row_lengths) < 1:
       raise ValueError(f"row_lengths={self.row_lengths} must be positive")
     if self.checkpoint.keep_best:

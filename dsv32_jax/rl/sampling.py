@@ -251,10 +251,19 @@ def held_out_problems(config: run_config.RlConfig) -> list[tasks.Problem]:
 
 
 def shared(before, after) -> float:
-  """Share of the prompt tokens between two counts that were not computed."""
+  """Share of the prompt tokens between two counts that were not computed.
+
+  Raises:
+    ValueError: there was none: no prompt was short enough to be answered.
+  """
   computed, shared = (
     after[name] - before[name] for name in ("prompt_tokens", "shared_tokens")
   )
+  if not computed + shared:
+    raise ValueError(
+      "no prompt of a rollout fits: episodes.limits.window, or"
+      " sampler.engine.max_length of single answers, is too small"
+    )
   return shared / (computed + shared)
 
 

@@ -48,6 +48,7 @@ def train(
     run_lib.Stopped: after a SIGTERM, once the state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
+  check_folder(config, workdir, _MAY_CHANGE)
   run = run_lib.Run(config, workdir)
   try:
     start = run.resume()
@@ -185,8 +186,8 @@ def _check(run, step: int, metrics, rows, workdir) -> None:
   )
 
 
-def claim_folder(config, workdir: str, may_change) -> None:
-  """Writes config.json, or checks that the run there was the same.
+def check_folder(config, workdir: str, may_change) -> None:
+  """Checks that a run in the folder, if there is one, was the same.
 
   Process 0 does, and all of them learn what it found.
 
@@ -198,21 +199,26 @@ def claim_folder(config, workdir: str, may_change) -> None:
   Raises:
     ValueError: naming a field that another run of this folder set otherwise.
   """
-  path = os.path.join(workdir, "config.json")
-  now, problem = config_files.dump(config), None
+  path, problem = os.path.join(workdir, run_lib.CONFIG_FILE), None
   if jax.process_index() == 0:
-    problem = _changed_field(path, now, may_change)
-    if problem is None:
-      with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump(now, file, indent=2, sort_keys=True)
-        file.write("\n")
-      os.replace(f"{path}.new", path)
+    problem = _changed_field(path, config_files.dump(config), may_change)
   problem = processes.gather(problem)[0]
   if problem is not None:
     raise ValueError(
       f"{workdir} holds a run with another config.{problem}; give a new"
       " --workdir or the config of that run"
     )
+
+
+def claim_folder(config, workdir: str, may_change) -> None:
+  """Writes config.json, where `check_folder` finds nothing; see there."""
+  check_folder(config, workdir, may_change)
+  if jax.process_index() == 0:
+    path = os.path.join(workdir, run_lib.CONFIG_FILE)
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+      json.dump(config_files.dump(config), file, indent=2, sort_keys=True)
+      file.write("\n")
+    os.replace(f"{path}.new", path)
 
 
 def _changed_field(path: str, now: dict, may_change) -> str | None:

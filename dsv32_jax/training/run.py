@@ -25,7 +25,7 @@ from dsv32_jax.training import placement
 from dsv32_jax.training import stages
 from dsv32_jax.training import step as step_lib
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "config.json"
 
 Remat = Literal["none", "layer", "save_attention"]
 # What a layer keeps for its backward pass, by name.
@@ -306,10 +306,20 @@ def abstract_state(config: TrainConfig, mesh):
   return placement.abstract_state(model, config.stage, optimizer, mesh)
 
 
+def has_tokenizer(workdir) -> bool:
+  """Whether a folder has the tokenizer of a run that has begun.
+
+  One without config.json is what a command left that failed: its tokenizer may
+  be another than the next command's.
+  """
+  names = (TOKENIZER_FILE, CONFIG_FILE)
+  return all(os.path.exists(os.path.join(workdir, name)) for name in names)
+
+
 def _tokenizer(config: TrainConfig, workdir):
-  """The folder's tokenizer; one process makes it if there is none."""
+  """The folder's tokenizer; one process makes it where no run has begun."""
   path = os.path.join(workdir, TOKENIZER_FILE)
-  if jax.process_index() == 0 and not os.path.exists(path):
+  if jax.process_index() == 0 and not has_tokenizer(workdir):
     pipeline.make_tokenizer(config.data).save(path)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("tokenizer")

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from dsv32_jax.data import tokenizer as tokenizers
+from dsv32_jax.generation.server import constraints
 from dsv32_jax.generation.server import json_grammar
+from dsv32_jax.generation.server import schemas
 
 SCHEMA = {
   "type": "object",
@@ -91,6 +93,19 @@ def test_what_the_schema_forbids_ends_the_answer_as_a_failure(
   assert constraint.failure
 
 
+def test_a_strict_reply_ends_with_its_text(grammars, tokenizer):
+  request = schemas.ChatRequest.model_validate(
+    {
+      "model": "m",
+      "messages": [{"role": "user", "content": "hi"}],
+      "response_format": {"type": "json_object"},
+      "ignore_eos": True,
+    }
+  )
+  with pytest.raises(ValueError, match="ignore_eos=true"):
+    constraints.maker(request, tokenizer, grammars, thinking=False)
+
+
 @pytest.mark.parametrize(
   "schema,message",
   [
@@ -99,8 +114,14 @@ def test_what_the_schema_forbids_ends_the_answer_as_a_failure(
     ({"not": {"type": "string"}}, "not"),
     ({"oneOf": [{"type": "string"}, {"minLength": 3}]}, "oneOf"),
     ({"type": "string", "pattern": "(?=a)b"}, "look"),
+    # These fail at a token only.
+    ({"$ref": "#"}, ""),
+    ({"properties": {f"p{n}": {} for n in range(1500)}}, "items"),
+    ({"const": "\ud800"}, "escape"),
   ],
 )
 def test_schemas_that_cannot_be_kept_to(grammars, schema, message):
-  with pytest.raises(ValueError, match=f"response_format: .*{message}"):
+  pattern = f"response_format: .*{message}"
+  with pytest.raises(ValueError, match=pattern) as told:
     grammars.constraints(schema, thinking=False)
+  assert "\n" not in str(told.value)

@@ -270,6 +270,14 @@ def test_episodes_side_by_side_with_learning(tmp_path, fresh_models_play):
   assert all(row["staleness"] <= 1 for row in rows)
 
 
+def test_pages_must_hold_an_episode(tmp_path, fresh_models_play):
+  config = small_run()
+  engine = dataclasses.replace(config.sampler.engine, num_pages=1)
+  sampler = dataclasses.replace(config.sampler, engine=engine)
+  with pytest.raises(ValueError, match=r"fewer than episodes\.limits\.window="):
+    loop.train(dataclasses.replace(config, sampler=sampler), str(tmp_path))
+
+
 @pytest.mark.parametrize(
   "change, message",
   [

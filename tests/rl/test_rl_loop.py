@@ -1,5 +1,6 @@
 """Runs of GRPO that stop and go on, taking turns and side by side."""
 
+import json
 import os
 import pathlib
 import signal
@@ -7,7 +8,9 @@ import signal
 import jax
 import pytest
 
+from dsv32_jax import config_files
 from dsv32_jax import sharding
+from dsv32_jax.data import tokenizer
 from dsv32_jax.rl import loop
 from dsv32_jax.rl import policy as policy_lib
 from dsv32_jax.training import checkpoint
@@ -86,6 +89,29 @@ def test_a_run_that_stopped_goes_on_bitwise(
   assert {"pass_at_1_sorting", "pass_at_1_arithmetic"} <= held_out[0].keys()
 
 
+def test_what_a_command_left_that_failed_is_no_tokenizer(tmp_path):
+  path = tmp_path / "tokenizer.json"
+  tokenizer.train(["zz"] * 5, rl_runs.VOCAB).save(path)
+  foreign = path.read_bytes()
+  policy_lib.Policy(rl_runs.config(), str(tmp_path)).close()
+  assert path.read_bytes() != foreign
+  # Where a run has begun, its tokenizer stays.
+  path.write_bytes(foreign)
+  (tmp_path / "config.json").write_text("{}")
+  policy_lib.Policy(rl_runs.config(), str(tmp_path)).close()
+  assert path.read_bytes() == foreign
+
+
+def test_another_config_is_told_before_anything_is_restored(tmp_path):
+  config = rl_runs.config()
+  changed = json.loads(json.dumps(config_files.dump(config)))
+  changed["model"]["width"] = 2 * config.model.width
+  (tmp_path / "config.json").write_text(json.dumps(changed))
+  with pytest.raises(ValueError, match=r"another config\.model"):
+    loop.train(config, str(tmp_path))
+  assert not (tmp_path / "tokenizer.json").exists()
+
+
 @pytest.mark.parametrize(
   "change, message",
   [
@@ -94,6 +120,7 @@ def test_a_run_that_stopped_goes_on_bitwise(
     (dict(weights_every=3, rollouts=6), r"checkpoint\.every_steps=2"),
     (dict(weights_every=2, max_staleness=1), "goes with max_staleness=0"),
     (dict(max_staleness=-1), "max_staleness=-1"),
+    (dict(seed=-1), "^seed=-1"),
     (dict(row_lengths=(64,)), "max_length=96"),
     (dict(microbatches=4), "microbatches=4 does not divide the 6 rows"),
     (dict(checkpoint=checkpoint.CheckpointConfig(keep_best=1)), "keep_best=1"),

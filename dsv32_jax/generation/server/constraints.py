@@ -46,6 +46,8 @@ def maker(
     return lambda: forced
   if request.active_tools:
     raise ValueError("response_format: what is strict goes with no tools")
+  if request.ignore_eos:
+    raise ValueError("ignore_eos=true: what is strict ends with its JSON text")
   if grammars is None:
     raise ValueError(
       "response_format: this server holds no reply to a schema; it would with"

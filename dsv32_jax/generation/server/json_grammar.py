@@ -49,17 +49,39 @@ class JsonGrammars:
     Raises:
       ValueError: the schema is none, or has what no grammar can keep to.
     """
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(
-      json.dumps(schema), overrides=_OPTIONS
-    )
+    try:
+      grammar = llguidance.LLMatcher.grammar_from_json_schema(
+        json.dumps(schema), overrides=_OPTIONS
+      )
+    except ValueError as error:
+      raise ValueError(f"response_format: {_line(error)}") from error
     matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)
-    if matcher.is_error():
-      told = " ".join(matcher.get_error().split())
-      raise ValueError(f"response_format: {told[:_SHOWN_CHARS]}")
+    self._try_out(matcher)
     mark = self._think_end if thinking else None
     return lambda: JsonConstraint(
       matcher.deep_copy(), self._known, self._forbidden, mark
     )
+
+  def _try_out(self, matcher) -> None:
+    """Raises where the grammar fails at its first tokens, not while drawing."""
+    tried = matcher.deep_copy()
+    mask_1W = np.zeros((1, -(-self._known.vocab_size // 32)), np.int32)
+    for text in ("", "{", '"'):
+      if tried.is_error() or tried.is_stopped():
+        break
+      taken = self._known.tokenize_str(text) if text else []
+      if taken and tried.validate_tokens(taken) < len(taken):
+        break
+      tried.consume_tokens(taken)
+      masks.fill_next_token_bitmask(tried, mask_1W)
+    if tried.is_error():
+      raise ValueError(f"response_format: {_line(tried.get_error())}")
+
+
+def _line(told: Any) -> str:
+  """A message of the library as a line, without the state it dumps."""
+  text = " ".join(str(told).split()).partition("<state>")[0].strip()
+  return text[:_SHOWN_CHARS] or "the grammar failed"
 
 
 class JsonConstraint:
@@ -101,7 +123,7 @@ class JsonConstraint:
     for one in self._forbidden:
       allowed_W[one // 32] &= ~np.uint32(1 << (one % 32))
     if self._matcher.is_error():
-      self.failure = self._matcher.get_error() or "the grammar failed"
+      self.failure = _line(self._matcher.get_error())
     if not np.any(allowed_W):
       # It is at its end, or has failed: so is the answer.
       allowed_W[self._eos_id // 32] = np.uint32(1 << (self._eos_id % 32))
