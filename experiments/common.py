@@ -241,6 +241,12 @@ def _parse(argv: list[str]) -> list[str]:
   ) as error:
     if "--debug" in argv:
       raise
+    # What get_config raised is told with a traceback, its last line the cause.
+    flag, traced, rest = str(error).partition("Traceback (most recent call")
+    if traced:
+      cause = rest.strip().splitlines()[-1]
+      flag = flag.replace("Error whilst parsing config file:", "")
+      error = ValueError(f"{flag.rstrip()} {cause.partition(': ')[2] or cause}")
     _fail(error)
 
 

@@ -37,6 +37,9 @@ class Part:
     length = len(self.token_ids_N)
     if length < 2:
       raise ValueError(f"{length=} of a part must be at least 2")
+    ids_N = np.asarray(self.token_ids_N)
+    if not np.issubdtype(ids_N.dtype, np.integer) or np.min(ids_N) < 0:
+      raise ValueError("token_ids_N holds what is no token id")
     for name in ("written_N", "logp_N", "kept"):
       value = getattr(self, name)
       if value is not None and len(value) != length:

@@ -56,7 +56,10 @@ def test_overrides_reach_the_config(tmp_path):
     ((CONFIG, "--workdir=W", "--nope=1"), "nope"),
     ((CONFIG, "--workdir=W", "extra"), "unexpected argument 'extra'"),
     (("--config=no_such_file.py", "--workdir=W"), "no_such_file.py"),
-    ((CONFIG + ":x", "--workdir=W"), "no variant 'x', only short, long"),
+    (
+      (CONFIG + ":x", "--workdir=W"),
+      ":x: config has no variant 'x', only short, long",
+    ),
     ((CONFIG, "--workdir=W", "--config.stepz=1"), "stepz"),
     ((CONFIG, "--workdir=W", "--config.steps=abc"), "config.steps"),
     ((CONFIG, "--workdir=W", "--config.part.limit=1.5"), "limit"),

@@ -139,13 +139,14 @@ BAD_CHATS = [
   ({"frequency_penalty": 10**400}, "frequency_penalty"),
   ({"logit_bias": {"a": 5}}, "logit_bias.*decimal number"),
   ({"logit_bias": {"-1": 5}}, "logit_bias.*decimal number"),
+  ({"logit_bias": {"1": 2, "01": 3}}, "logit_bias.*decimal number"),
   ({"logit_bias": {"1": 101}}, "logit_bias of 1=101"),
   ({"logit_bias": {"99999999": 1}}, "logit_bias: token=99999999 is outside"),
   ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias"),
   ({"logit_bias": [1]}, "logit_bias"),
   ({"tool_choice": "required"}, "tool_choice: 'required' goes with tools"),
   ({"tool_choice": "must"}, "tool_choice"),
-  ({"tool_choice": {"type": "function"}}, "tool_choice"),
+  ({"tool_choice": {"type": "function"}}, r"tool_choice\.function: "),
   (
     {
       "tools": [tool()],

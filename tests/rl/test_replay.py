@@ -161,6 +161,8 @@ def test_bytes_of_the_671b_model():
     (dict(experts_LNA=np.zeros((2, 9, 3), int)), "one less than the tokens"),
     (dict(kept=[np.array([], int)] * 9), "not in its own kept set"),
     (dict(token_ids_N=np.zeros(1)), "at least 2"),
+    (dict(token_ids_N=np.arange(9) - 1), "no token id"),
+    (dict(token_ids_N=np.arange(9.0)), "no token id"),
   ],
 )
 def test_bad_trajectories(change, message):

@@ -110,8 +110,14 @@ def _of_validation(error: pydantic.ValidationError) -> ApiError:
 
 
 def _is_member(place: str | int) -> bool:
-  return isinstance(place, str) and (
-    "[" in place or place in ("str", "constrained-str")
+  return (
+    isinstance(place, str)
+    and (
+      "[" in place
+      or place in ("str", "constrained-str")
+      # A model's; the fields of requests are in lower case.
+      or place[:1].isupper()
+    )
   )
 
 

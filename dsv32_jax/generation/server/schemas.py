@@ -22,7 +22,7 @@ MAX_BIASES = 1024
 
 
 def _token_id(text: str) -> int:
-  if not re.fullmatch("[0-9]{1,9}", text):
+  if not re.fullmatch("0|[1-9][0-9]{0,8}", text):
     raise ValueError("a token's id has to be a decimal number")
   return int(text)
 
