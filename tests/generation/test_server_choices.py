@@ -25,7 +25,7 @@ def served(tokenizer):
 
 def test_penalties_biases_and_likeliest_tokens(served, tokenizer):
   choice = served.chat(
-    presence_penalty=0.5, frequency_penalty=-1, logit_bias={"7": 2, "09": -3.5},
+    presence_penalty=0.5, frequency_penalty=-1, logit_bias={"7": 2, "9": -3.5},
     logprobs=True, top_logprobs=3, max_tokens=4,
   ).choices[0]  # fmt: skip
   sampling = served.engine.seen[0].sampling
