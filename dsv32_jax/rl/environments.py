@@ -36,6 +36,7 @@ class EpisodeTask:
   Attributes:
     id: the same for the same content.
     domain: for KL weights and metrics.
+    thinking: whether replies think first; None: as the run's episodes do.
     make: gives the environment of one episode.
     solve: gives the calls, name and arguments each, that earn the reward.
   """
@@ -44,6 +45,7 @@ class EpisodeTask:
   domain: str
   make: Callable[[], protocol.Environment]
   solve: Callable[[], list[tuple[str, dict[str, Any]]]]
+  thinking: bool | None = None
 
 
 class Tasks:
@@ -65,7 +67,7 @@ class Tasks:
       raise ValueError("episodes.environments is empty")
     self._draws = [_DRAW[config.kind](config) for config in configs]
     self._weights = [config.weight for config in configs]
-    self._kinds = [config.kind for config in configs]
+    self._configs = tuple(configs)
     self._held_out = split == "held_out"
     self._seed = seed
 
@@ -94,12 +96,15 @@ class Tasks:
     return found
 
   def _drawn(self, place, generator) -> EpisodeTask:
+    config = self._configs[place]
     for _ in range(_PATIENCE):
       task = self._draws[place](generator)
       if is_held_out(task) == self._held_out:
-        return task
+        return dataclasses.replace(
+          task, domain=config.name or task.domain, thinking=config.thinking
+        )
     raise ValueError(
-      f"{self._kinds[place]} has no task with held_out={self._held_out}"
+      f"{config.kind} has no task with held_out={self._held_out}"
     )
 
 

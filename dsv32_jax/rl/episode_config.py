@@ -6,6 +6,7 @@ from typing import Literal
 
 from dsv32_jax.agents import limits
 from dsv32_jax.agents.synthesis.general import domains
+from dsv32_jax.verifiers import length as length_lib
 from dsv32_jax.verifiers.tasks import arithmetic
 
 # One with a fixed toolset has too many tools for look-ups.
@@ -25,6 +26,8 @@ class EnvironmentConfig:
     domains: of the look-ups, or of the general ones to be used; () for all.
     path: folder of the synthesis with the general ones.
     weight: share of the tasks, relative to the other kinds.
+    name: of its domain, in metrics and for KL weights; "": as its tasks say.
+    thinking: whether replies think first; None: as episodes.thinking_mode.
   """
 
   kind: Literal["calculator", "lookups", "general"]
@@ -33,6 +36,8 @@ class EnvironmentConfig:
   domains: tuple[str, ...] = ()
   path: str = ""
   weight: float = 1.0
+  name: str = ""
+  thinking: bool | None = None
 
   def __post_init__(self):
     if not 0 < self.weight < math.inf:
@@ -53,18 +58,20 @@ class EnvironmentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpisodesConfig:
-  """Episodes in environments, in the place of single answers.
+  """Episodes in environments, beside single answers or alone.
 
   Attributes:
     environments: what they are about.
     limits: of an episode; the window holds it whole, as rows do its parts.
-    thinking_mode: of the chat format.
+    thinking_mode: of the chat format, where an environment does not say.
     system_prompt: before the tools.
     tool_descriptions: "schemas", as the chat format has them, or "signatures",
       names and arguments alone, for small windows.
     when_full: what happens when the window fills up; each time it does, the
       trajectory gets another part, of a summary two.
     concurrency: episodes at a time.
+    length: penalty on the tokens written in an episode, in the place of
+      reward.length, or None.
   """
 
   environments: tuple[EnvironmentConfig, ...]
@@ -74,6 +81,7 @@ class EpisodesConfig:
   tool_descriptions: Literal["schemas", "signatures"] = "schemas"
   when_full: Literal["none", "summary", "discard_75", "discard_all"] = "none"
   concurrency: int = 256
+  length: length_lib.LengthPenalty | None = None
 
   def __post_init__(self):
     if not self.environments:

@@ -29,6 +29,9 @@ from dsv32_jax.rl import sampling
 from dsv32_jax.rl import trajectory
 from dsv32_jax.verifiers import reward as reward_lib
 
+# Seed of tasks and draws, in a run that has single answers as well.
+_BESIDE_ANSWERS = 2
+
 
 async def play(
   config: episode_config.EpisodesConfig,
@@ -48,11 +51,20 @@ async def play(
     task.make,
     episode_id=task.id,
     limits=config.limits,
-    thinking_mode=config.thinking_mode,
+    thinking_mode=thinking_mode(config, task),
     system_prompt=config.system_prompt,
     describe=described[config.tool_descriptions],
     manage_context=managers[config.when_full],
   )
+
+
+def thinking_mode(
+  config: episode_config.EpisodesConfig, task: environments.EpisodeTask
+) -> str:
+  """In which of the chat format's modes a task is played."""
+  if task.thinking is None:
+    return config.thinking_mode
+  return "thinking" if task.thinking else "chat"
 
 
 class _OnMesh:
@@ -72,7 +84,7 @@ class _OnMesh:
       return self._engine.step()
 
 
-class Sampler:
+class Sampler(sampling.Drawing):
   """Draws rollouts of episodes; the same for a loop as `sampling.Sampler`."""
 
   def __init__(
@@ -81,6 +93,7 @@ class Sampler:
     model: transformer.Transformer,
     tokenizer: tokenizer_lib.Tokenizer,
     mesh: jax.sharding.Mesh,
+    engine: engine_lib.Engine | None = None,
   ):
     """Builds the engine; `load` gives it the policy.
 
@@ -89,47 +102,38 @@ class Sampler:
       model: of the policy's shape.
       tokenizer: of the policy.
       mesh: of the policy.
+      engine: to share; None: one of its own.
     """
-    self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
-    self._engine = engine_lib.Engine(
-      model, config.sampler.engine, eos_id=tokenizer.eos_id
-    )
-    engine = config.sampler.engine
-    pages = engine.pages_for(model.config, model.compute_dtype)
-    held = pages * engine.page_size
+    super().__init__(config, model, tokenizer, engine)
+    self._mesh, sizes = mesh, config.sampler.engine
+    pages = sizes.pages_for(model.config, model.compute_dtype)
+    held = pages * sizes.page_size
     if held < config.episodes.limits.window:
       raise ValueError(
         f"the {held} tokens that sampler.engine has pages for are fewer than"
         f" episodes.limits.window={config.episodes.limits.window}"
       )
+    self._seed = config.seed
+    if config.tasks:
+      # Or the n-th task would be drawn as the n-th problem is.
+      self._seed = sampling.seed_of(config.seed, _BESIDE_ANSWERS)
     self._tasks = environments.Tasks(
-      config.episodes.environments, split="train", seed=config.seed
+      config.episodes.environments, split="train", seed=self._seed
     )
     self._banned = banned_ids(config, tokenizer)
-    self._version = -1
 
-  def load(self, model: transformer.Transformer, version: int) -> None:
-    """Takes the policy of a version; `model` may change afterwards."""
-    weights = self._config.sampler.weights
-    self._engine.load(sampling.handed_over(model, weights))
-    self._version = version
-
-  def rollout(self, number: int) -> sampling.Rollout:
+  def draw(self, number: int) -> sampling.Rollout:
     """Draws the groups of a number."""
-    config = self._config
-    evaluation, held_out = config.evaluation, None
-    arrived = time.perf_counter()
-    if evaluation is not None and number % evaluation.every == 0:
-      held_out = self.pass_at_1()
-    first, size = number * config.prompts, config.group_size
-    tasks = [self._tasks.task(first + n) for n in range(config.prompts)]
+    groups, size = self.config.num_episode_groups, self.config.group_size
+    first = number * groups
+    tasks = [self._tasks.task(first + n) for n in range(groups)]
     repeated = [task for task in tasks for _ in range(size)]
     seeds = [
-      sampling.seed_of(config.seed, sampling.TRAIN, first + n, episode)
-      for n in range(config.prompts)
+      sampling.seed_of(self._seed, sampling.TRAIN, first + n, episode)
+      for n in range(groups)
       for episode in range(size)
     ]
-    before = self._engine.stats()
+    before = self.engine.stats()
     start = time.perf_counter()
     episodes = self.play(repeated, seeds)
     drawn = time.perf_counter()
@@ -139,7 +143,7 @@ class Sampler:
     ]
     return sampling.Rollout(
       number=number,
-      version=self._version,
+      version=self.version,
       groups=sampling.grouped(trajectories, size),
       rewards=[
         self._rewards(group) for group in sampling.grouped(episodes, size)
@@ -147,26 +151,20 @@ class Sampler:
       truncated=float(
         np.mean([one.result.finish == "max_tokens" for one in episodes])
       ),
-      shared=sampling.shared(before, self._engine.stats()),
-      seconds={"evaluation": start - arrived, "sampling": drawn - start},
-      held_out=held_out,
+      shared=sampling.shared(before, self.engine.stats()),
+      seconds={"sampling": drawn - start},
       further=_describe(episodes, trajectories),
     )
 
-  def pass_at_1(self) -> dict[str, float]:
-    """Share of held-out tasks solved, whole and by domain, one try each."""
-    config = self._config
-    tasks = held_out_tasks(config)
-    outcomes = self.outcomes(tasks)
-    found = {"pass_at_1": float(np.mean(outcomes))}
-    for domain in sorted({one.domain for one in tasks}):
-      mine = [x for task, x in zip(tasks, outcomes) if task.domain == domain]
-      found[f"pass_at_1_{domain}"] = float(np.mean(mine))
-    return found
+  def held_out(self) -> tuple[list[tuple[str, float]], dict[str, float]]:
+    """As of Drawing."""
+    tasks = held_out_tasks(self.config)
+    domains = [one.domain for one in tasks]
+    return list(zip(domains, self.outcomes(tasks))), {}
 
   def outcomes(self, tasks: Sequence[environments.EpisodeTask]) -> list[float]:
     """The reward of one episode each, by the seed of the evaluation."""
-    seed = self._config.evaluation.seed
+    seed = self.config.evaluation.seed
     seeds = [
       sampling.seed_of(seed, sampling.HELD_OUT, place, 0)
       for place in range(len(tasks))
@@ -188,9 +186,9 @@ class Sampler:
       seeds: of their draws.
       record: whether routing and selection are kept, where they are replayed.
     """
-    config, learner = self._config, self._config.learner
+    config, learner = self.config, self.config.learner
     runner = runner_lib.Runner(
-      _OnMesh(self._engine, self._mesh), max_requests=len(tasks)
+      _OnMesh(self.engine, self._mesh), max_requests=len(tasks)
     )
     room = asyncio.Semaphore(config.episodes.concurrency)
 
@@ -200,7 +198,7 @@ class Sampler:
       )
       policy = local_policy.local_policy(
         runner,
-        self._tokenizer,
+        self.tokenizer,
         dataclasses.replace(parameters, banned_ids=self._banned),
         want_routing=record and learner.replays_routing,
         want_selection=record and learner.replay_selection,
@@ -225,7 +223,7 @@ class Sampler:
     crashed = episode.result.finish == "crashed"
     parts = () if crashed else episode.conversation.parts()
     found = trajectory.from_parts(parts, domain=task.domain)
-    if self._config.learner.keep_sampling_mask:
+    if self.config.learner.keep_sampling_mask:
       return found
     return dataclasses.replace(
       found,
@@ -237,7 +235,7 @@ class Sampler:
 
     Its advantage is then zero, and those of the others are as without it.
     """
-    penalty = self._config.reward.length
+    penalty = self.config.episodes.length or self.config.reward.length
     values = [
       one.result.reward
       + (penalty.score(one.result.num_written_tokens).value if penalty else 0.0)
@@ -263,9 +261,10 @@ def banned_ids(config, tokenizer) -> tuple[int, ...]:
 
 def held_out_tasks(config) -> list[environments.EpisodeTask]:
   """The tasks of an evaluation: of each environment its share."""
-  given, evaluation = config.episodes.environments, config.evaluation
-  held_out = environments.Tasks(given, split="held_out", seed=evaluation.seed)
-  return held_out.different(-(-evaluation.problems // len(given)))
+  held_out = environments.Tasks(
+    config.episodes.environments, split="held_out", seed=config.evaluation.seed
+  )
+  return held_out.different(config.held_out_share)
 
 
 def _describe(episodes, trajectories) -> dict[str, float]:

@@ -13,6 +13,7 @@ import jax
 
 from dsv32_jax.rl import asynchronous
 from dsv32_jax.rl import episodes
+from dsv32_jax.rl import mixed
 from dsv32_jax.rl import policy as policy_lib
 from dsv32_jax.rl import run_config
 from dsv32_jax.rl import sampling
@@ -92,6 +93,8 @@ def train(
 
 def _sampler(policy, rewarder):
   config, model = policy.config, policy.model()
+  if config.tasks and config.episodes is not None:
+    return mixed.Sampler(config, model, policy.tokenizer, rewarder, policy.mesh)
   if config.episodes is not None:
     return episodes.Sampler(config, model, policy.tokenizer, policy.mesh)
   return sampling.Sampler(config, model, policy.tokenizer, rewarder)

@@ -86,7 +86,9 @@ class RlConfig:
   Attributes:
     model: shape of the model; a checkpoint's own must agree with it.
     tasks: what is asked, where an answer is a single one.
-    episodes: what is played, where it is an episode; exactly one of the two.
+    episodes: what is played, where it is an episode. A run may have both.
+    episode_prompts: groups of a rollout that are of episodes, where it has
+      both; the others are of single answers.
     reward: what is rewarded; of an episode, its outcome and length.
     learner: objective, replay, minibatches, reference.
     optimizer: AdamW and its schedule, over the optimiser's steps.
@@ -125,6 +127,7 @@ class RlConfig:
   row_lengths: tuple[int, ...]
   tasks: tuple[mixture.TaskConfig, ...] = ()
   episodes: episode_config.EpisodesConfig | None = None
+  episode_prompts: int | None = None
   max_staleness: int = 0
   weights_every: int = 1
   scoring_workers: int = 2
@@ -169,14 +172,25 @@ class RlConfig:
         f"checkpoint.keep_best={self.checkpoint.keep_best} must be 0: no loss"
         " on held-out text is measured here"
       )
-    if bool(self.tasks) == (self.episodes is not None):
-      raise ValueError(
-        f"tasks={self.tasks} and episodes: exactly one of them is to be given"
-      )
+    self._check_shares()
     self._check_hand_over()
     self._check_sizes()
     if self.episodes is not None:
       self._check_episodes()
+
+  def _check_shares(self):
+    if not self.tasks and self.episodes is None:
+      raise ValueError("tasks=() and episodes=None: one of them is to be given")
+    share, both = self.episode_prompts, self.tasks and self.episodes
+    if both and (share is None or not 0 < share < self.prompts):
+      raise ValueError(
+        f"episode_prompts={share} must be 1 to {self.prompts - 1} of"
+        f" prompts={self.prompts}: the run has tasks and episodes"
+      )
+    if not both and share is not None:
+      raise ValueError(
+        f"episode_prompts={share} is for a run with tasks and episodes"
+      )
 
   def _check_hand_over(self):
     if self.weights_every == 1:
@@ -233,7 +247,8 @@ class RlConfig:
         f" when_full={self.episodes.when_full!r} may give {most} parts, more"
         f" than the {rows} rows of a microbatch"
       )
-    if self.reward != reward_lib.RewardConfig(length=self.reward.length):
+    alone = reward_lib.RewardConfig(length=self.reward.length)
+    if not self.tasks and self.reward != alone:
       raise ValueError(
         "reward has fields for single answers: of episodes, reward.length alone"
         " counts besides the outcome"
@@ -243,6 +258,28 @@ class RlConfig:
   def rows(self) -> int:
     """Rows of a minibatch; a rollout that was filtered leaves some empty."""
     return -(-self.prompts * self.group_size // self.learner.minibatches)
+
+  @property
+  def num_episode_groups(self) -> int:
+    """Groups of a rollout that are of episodes."""
+    if self.episodes is None:
+      return 0
+    return (
+      self.prompts if self.episode_prompts is None else self.episode_prompts
+    )
+
+  @property
+  def num_answer_groups(self) -> int:
+    """Groups of a rollout that are of single answers."""
+    return self.prompts - self.num_episode_groups
+
+  @property
+  def held_out_share(self) -> int:
+    """Held-out problems of each task and of each environment."""
+    kinds = len(self.tasks)
+    if self.episodes is not None:
+      kinds += len(self.episodes.environments)
+    return -(-self.evaluation.problems // kinds)
 
   @property
   def asynchronous(self) -> bool:

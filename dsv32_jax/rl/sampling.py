@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import dataclasses
 import itertools
 import time
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -89,8 +90,66 @@ def handed_over(
   return nnx.merge(graph, jax.tree.map(copy, state))
 
 
-class Sampler:
-  """Draws rollouts with its own copy of the policy."""
+class Asked(NamedTuple):
+  """A problem as it is put: its domain, and whether the answer thinks first."""
+
+  problem: tasks.Problem
+  domain: str
+  thinking: bool
+
+
+class Drawing:
+  """What samplers share: an engine, the policy's version, evaluation."""
+
+  def __init__(self, config, model, tokenizer, engine=None):
+    """Builds the engine, unless there is one to share."""
+    self.config, self.tokenizer = config, tokenizer
+    self.engine = engine or engine_lib.Engine(
+      model, config.sampler.engine, eos_id=tokenizer.eos_id
+    )
+    self.version = -1
+
+  def load(self, model: transformer.Transformer, version: int) -> None:
+    """Takes the policy of a version; `model` may change afterwards."""
+    self.engine.load(handed_over(model, self.config.sampler.weights))
+    self.version = version
+
+  def rollout(self, number: int) -> Rollout:
+    """Draws and scores the groups of a number; first evaluates, where due."""
+    evaluation, held_out = self.config.evaluation, None
+    begin = time.perf_counter()
+    if evaluation is not None and number % evaluation.every == 0:
+      held_out = self.pass_at_1()
+    seconds = {"evaluation": time.perf_counter() - begin}
+    drawn = self.draw(number)
+    return dataclasses.replace(
+      drawn, held_out=held_out, seconds=seconds | drawn.seconds
+    )
+
+  def pass_at_1(self) -> dict[str, float]:
+    """Share of held-out problems solved, whole and by domain, one try each.
+
+    Every task and environment gives as many different problems. The verifier
+    alone counts, not what else is rewarded.
+    """
+    pairs, found = self.held_out()
+    found = {"pass_at_1": float(np.mean([x for _, x in pairs])), **found}
+    for domain in sorted({domain for domain, _ in pairs}):
+      mine = [x for name, x in pairs if name == domain]
+      found[f"pass_at_1_{domain}"] = float(np.mean(mine))
+    return found
+
+  def draw(self, number: int) -> Rollout:
+    """Draws and scores the groups of a number."""
+    raise AssertionError(f"{self} draws nothing")
+
+  def held_out(self) -> tuple[list[tuple[str, float]], dict[str, float]]:
+    """Domain and outcome of each held-out problem, and what else was found."""
+    raise AssertionError(f"{self} evaluates nothing")
+
+
+class Sampler(Drawing):
+  """Draws rollouts of single answers with its own copy of the policy."""
 
   def __init__(
     self,
@@ -98,6 +157,7 @@ class Sampler:
     model: transformer.Transformer,
     tokenizer: tokenizer_lib.Tokenizer,
     rewarder: reward_lib.Rewarder,
+    engine: engine_lib.Engine | None = None,
   ):
     """Builds the engine; `load` gives it the policy.
 
@@ -106,108 +166,81 @@ class Sampler:
       model: of the policy's shape.
       tokenizer: of the policy.
       rewarder: scores answers.
+      engine: to share; None: one of its own.
     """
-    self._config = config
-    self._tokenizer = tokenizer
+    super().__init__(config, model, tokenizer, engine)
     self._rewarder = rewarder
-    self._engine = engine_lib.Engine(
-      model, config.sampler.engine, eos_id=tokenizer.eos_id
-    )
     self._problems = tasks.Mixture(
       config.tasks, split="train", seed=config.seed
     )
-    self._version = -1
 
-  def load(self, model: transformer.Transformer, version: int) -> None:
-    """Takes the policy of a version; `model` may change afterwards."""
-    self._engine.load(handed_over(model, self._config.sampler.weights))
-    self._version = version
-
-  def rollout(self, number: int) -> Rollout:
+  def draw(self, number: int) -> Rollout:
     """Draws and scores the groups of a number."""
-    config = self._config
-    evaluation, held_out = config.evaluation, None
-    arrived = time.perf_counter()
-    if evaluation is not None and number % evaluation.every == 0:
-      held_out = self.pass_at_1()
-    first = number * config.prompts
+    config = self.config
+    groups = config.num_answer_groups
+    first = number * groups
     problems = [
-      self._problems.problem(first + place) for place in range(config.prompts)
+      _asked(config, *self._problems.drawn(first + place))
+      for place in range(groups)
     ]
     seeds = [
       seed_of(config.seed, TRAIN, first + place, answer)
-      for place in range(config.prompts)
+      for place in range(groups)
       for answer in range(config.group_size)
     ]
     repeated = [one for one in problems for _ in range(config.group_size)]
-    before = self._engine.stats()
+    before = self.engine.stats()
     start = time.perf_counter()
     completions = self._answers(repeated, seeds)
     drawn = time.perf_counter()
     rewards = self._score(repeated, completions)
     scored = time.perf_counter()
     trajectories = [
-      trajectory.from_completion(completion, domain=problem.task)
-      for problem, completion in zip(repeated, completions)
+      trajectory.from_completion(completion, domain=asked.domain)
+      for asked, completion in zip(repeated, completions)
     ]
     cut = [one.finish_reason == "length" for one in completions]
     return Rollout(
       number=number,
-      version=self._version,
+      version=self.version,
       groups=grouped(trajectories, config.group_size),
       rewards=grouped(rewards, config.group_size),
       truncated=float(np.mean(cut)),
-      shared=shared(before, self._engine.stats()),
-      seconds={
-        "evaluation": start - arrived,
-        "sampling": drawn - start,
-        "scoring": scored - drawn,
-      },
-      held_out=held_out,
+      shared=shared(before, self.engine.stats()),
+      seconds={"sampling": drawn - start, "scoring": scored - drawn},
     )
 
-  def pass_at_1(self) -> dict[str, float]:
-    """Share of held-out problems solved, whole and by domain.
-
-    Every task gives as many different problems; each is answered once. The
-    verifier alone counts, not what else is rewarded.
-    """
-    config = self._config
-    problems = held_out_problems(config)
+  def held_out(self) -> tuple[list[tuple[str, float]], dict[str, float]]:
+    """As of Drawing; further the mean tokens of an answer."""
+    config = self.config
+    problems = _held_out(config)
     seeds = [
       seed_of(config.evaluation.seed, HELD_OUT, place, 0)
       for place in range(len(problems))
     ]
     completions = self._answers(problems, seeds, record=False)
     rewards = self._score(problems, completions)
-    found = {"pass_at_1": float(np.mean([r.outcome for r in rewards]))}
-    for kind in sorted({one.task for one in problems}):
-      mine = [r.outcome for p, r in zip(problems, rewards) if p.task == kind]
-      found[f"pass_at_1_{kind}"] = float(np.mean(mine))
-    found["answer_tokens"] = float(
-      np.mean([len(one.token_ids) for one in completions])
-    )
-    return found
+    tokens = float(np.mean([len(one.token_ids) for one in completions]))
+    pairs = [(p.domain, r.outcome) for p, r in zip(problems, rewards)]
+    return pairs, {"answer_tokens": tokens}
 
   def _answers(self, problems, seeds, *, record=True):
     """One completion a problem."""
-    learner = self._config.learner
+    learner = self.config.learner
     asked = [
       requests.Request(
         prompt_ids=prompt_ids(
-          problem.question,
-          self._tokenizer,
-          thinking=self._config.reward.thinking,
+          one.problem.question, self.tokenizer, thinking=one.thinking
         ),
-        sampling=self._config.sampler.parameters(
+        sampling=self.config.sampler.parameters(
           temperature=learner.temperature, seed=seed
         ),
         want_routing=record and learner.replays_routing,
         want_selection=record and learner.replay_selection,
       )
-      for problem, seed in zip(problems, seeds)
+      for one, seed in zip(problems, seeds)
     ]
-    completions = self._engine.generate(asked)
+    completions = self.engine.generate(asked)
     if learner.keep_sampling_mask:
       return completions
     return [
@@ -219,35 +252,42 @@ class Sampler:
     return self._rewarder.score(
       [
         reward_lib.Answer(
-          problem=problem,
+          problem=one.problem,
           response=self._text(completion.token_ids),
           num_tokens=len(completion.token_ids),
+          thinking=one.thinking,
         )
-        for problem, completion in zip(problems, completions)
+        for one, completion in zip(problems, completions)
       ]
     )
 
   def _text(self, token_ids):
     """Text without eos and without ids that pad the model's vocabulary."""
-    limit, eos = self._tokenizer.vocab_size, self._tokenizer.eos_id
-    return self._tokenizer.decode(
+    limit, eos = self.tokenizer.vocab_size, self.tokenizer.eos_id
+    return self.tokenizer.decode(
       [token for token in token_ids if token < limit and token != eos]
     )
 
 
 def held_out_problems(config: run_config.RlConfig) -> list[tasks.Problem]:
   """The problems of an evaluation: of each task its share, all different."""
-  share = -(-config.evaluation.problems // len(config.tasks))
+  return [one.problem for one in _held_out(config)]
+
+
+def _held_out(config) -> list[Asked]:
+  seed, share = config.evaluation.seed, config.held_out_share
   return [
-    problem
+    _asked(config, task, problem)
     for task in config.tasks
     for problem in itertools.islice(
-      tasks.generate(
-        task.make(), split="held_out", seed=config.evaluation.seed
-      ),
-      share,
+      tasks.generate(task.make(), split="held_out", seed=seed), share
     )
   ]
+
+
+def _asked(config, task, problem) -> Asked:
+  thinking = config.reward.thinking if task.thinking is None else task.thinking
+  return Asked(problem, task.domain, thinking)
 
 
 def shared(before, after) -> float:

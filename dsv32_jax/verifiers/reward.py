@@ -23,7 +23,7 @@ class RewardConfig:
   """What counts beside the outcome, whose weight is 1. The weights are ours.
 
   Attributes:
-    thinking: whether answers think first.
+    thinking: whether answers think first, where their task does not say.
     format_weight: of the shape of the response.
     language: a code such as "en", or None: any.
     language_weight: of the share of words in that language.
@@ -56,11 +56,13 @@ class Answer:
     problem: that was posed.
     response: text that the policy wrote.
     num_tokens: of it.
+    thinking: whether it was to think first; None: as the config says.
   """
 
   problem: problem_lib.Problem
   response: str
   num_tokens: int
+  thinking: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,17 +82,18 @@ class Reward:
 
 def score(answer: Answer, config: RewardConfig) -> Reward:
   """Scores one answer; the scorer that `Rewarder` runs by default."""
+  thinking = config.thinking if answer.thinking is None else answer.thinking
   scores = {"outcome": answer.problem.score(answer.response)}
   weights = {"outcome": 1.0}
   if config.format_weight:
     weights["format"] = config.format_weight
     scores["format"] = format_lib.format_score(
-      answer.response, thinking=config.thinking, boxed=True
+      answer.response, thinking=thinking, boxed=True
     )
   if config.language is not None and config.language_weight:
     weights["language"] = config.language_weight
     prose = answer.response
-    if config.thinking:
+    if thinking:
       prose = format_lib.thinking_part(prose)
     scores["language"] = language_lib.language_score(prose, config.language)
   if config.length is not None:

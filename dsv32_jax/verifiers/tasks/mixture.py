@@ -33,10 +33,12 @@ _PATIENCE = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-  """One task of a mixture; its name is the domain of its problems.
+  """One task of a mixture.
 
   Attributes:
     kind: of the task.
+    name: of its domain, in metrics and for KL weights; "": its kind.
+    thinking: whether answers think first; None: as the run's reward says.
     size: terms, numbers, brackets or people in a problem.
     largest: number that occurs; of no meaning to brackets and knights.
     weight: share of the problems, relative to the other tasks.
@@ -46,11 +48,18 @@ class TaskConfig:
   size: int
   largest: int = 20
   weight: float = 1.0
+  name: str = ""
+  thinking: bool | None = None
 
   def __post_init__(self):
     if not 0 < self.weight < math.inf:
       raise ValueError(f"weight={self.weight} of {self.kind} must be positive")
     self.make()
+
+  @property
+  def domain(self) -> str:
+    """What its problems are counted as."""
+    return self.name or self.kind
 
   def make(self) -> problem_lib.Task:
     """The generator.
@@ -80,7 +89,7 @@ class Mixture:
       raise ValueError("tasks is empty")
     if split not in ("train", "held_out"):
       raise ValueError(f"{split=} must be train or held_out")
-    self._tasks = [config.make() for config in configs]
+    self._tasks = [(config, config.make()) for config in configs]
     self._weights = [config.weight for config in configs]
     self._held_out = split == "held_out"
     self._seed = seed
@@ -91,10 +100,18 @@ class Mixture:
     Raises:
       ValueError: if the task drawn has no problem of this split.
     """
+    return self.drawn(number)[1]
+
+  def drawn(self, number: int) -> tuple[TaskConfig, problem_lib.Problem]:
+    """The problem of a number, and which task it is of.
+
+    Raises:
+      ValueError: if the task drawn has no problem of this split.
+    """
     generator = random.Random(f"{self._seed}/{number}")
-    (task,) = generator.choices(self._tasks, self._weights)
+    ((config, task),) = generator.choices(self._tasks, self._weights)
     for _ in range(_PATIENCE):
       problem = task.draw(generator)
       if problem_lib.is_held_out(problem) == self._held_out:
-        return problem
+        return config, problem
     raise ValueError(f"{task} has no problem with held_out={self._held_out}")
