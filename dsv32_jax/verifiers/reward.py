@@ -88,7 +88,7 @@ def score(answer: Answer, config: RewardConfig) -> Reward:
   if config.format_weight:
     weights["format"] = config.format_weight
     scores["format"] = format_lib.format_score(
-      answer.response, thinking=thinking, boxed=True
+      answer.response, thinking=thinking, boxed=answer.problem.boxed
     )
   if config.language is not None and config.language_weight:
     weights["language"] = config.language_weight

@@ -13,8 +13,10 @@ from typing import Literal
 
 from dsv32_jax.verifiers.tasks import arithmetic
 from dsv32_jax.verifiers.tasks import brackets
+from dsv32_jax.verifiers.tasks import instructions
 from dsv32_jax.verifiers.tasks import knights
 from dsv32_jax.verifiers.tasks import problem as problem_lib
+from dsv32_jax.verifiers.tasks import programs
 from dsv32_jax.verifiers.tasks import sorting
 
 _MAKE = {
@@ -26,6 +28,12 @@ _MAKE = {
   ),
   "brackets": lambda size, largest: brackets.Brackets(length=size),
   "knights": lambda size, largest: knights.Knights(people=size),
+  "programs": lambda size, largest: programs.Programs(
+    size=size, largest=largest
+  ),
+  "instructions": lambda size, largest: instructions.Instructions(
+    size=size, largest=largest
+  ),
 }
 # Draws in a row outside the split at which a task counts as without one.
 _PATIENCE = 10_000
@@ -39,12 +47,16 @@ class TaskConfig:
     kind: of the task.
     name: of its domain, in metrics and for KL weights; "": its kind.
     thinking: whether answers think first; None: as the run's reward says.
-    size: terms, numbers, brackets or people in a problem.
-    largest: number that occurs; of no meaning to brackets and knights.
+    size: terms, numbers, brackets or people in a problem, steps of a program,
+      words of an instruction.
+    largest: number that occurs; of an instruction, how many words there are; of
+      no meaning to brackets and knights.
     weight: share of the problems, relative to the other tasks.
   """
 
-  kind: Literal["arithmetic", "sorting", "brackets", "knights"]
+  kind: Literal[
+    "arithmetic", "sorting", "brackets", "knights", "programs", "instructions"
+  ]
   size: int
   largest: int = 20
   weight: float = 1.0

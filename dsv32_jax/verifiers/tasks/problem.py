@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import random
 import re
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from dsv32_jax.verifiers import exact
 from dsv32_jax.verifiers import score
@@ -33,7 +33,10 @@ class Problem:
     question: what is asked, the form of the answer included.
     answer: the truth, as a box should hold it.
     reasoning: steps that lead there, for a supervised seed.
+    boxed: whether a response holds its answer in a box.
   """
+
+  boxed: ClassVar[bool] = True
 
   task: str
   content: str
@@ -42,19 +45,24 @@ class Problem:
   reasoning: str
 
   def score(self, response: str) -> score.Score:
-    """1 if the last boxed text behind the thinking is the answer."""
+    """1 if the last boxed text behind the thinking is the answer.
+
+    Kinds of problems that run an answer raise what keeps them from it.
+    """
     # Spaces beside commas and signs are a matter of taste.
     return exact.exact_match(_tight(response), _tight(self.answer))
 
-  def messages(self) -> list[dict[str, str]]:
-    """The problem solved, as chat messages for supervised fine-tuning."""
+  def messages(self, *, thinking: bool = True) -> list[dict[str, Any]]:
+    """The problem solved, as chat messages for supervised fine-tuning.
+
+    Args:
+      thinking: whether the reasoning comes before the answer, or is left out.
+    """
+    reasoning = {"reasoning_content": self.reasoning} if thinking else {}
+    content = f"\\boxed{{{self.answer}}}" if self.boxed else self.answer
     return [
       {"role": "user", "content": self.question},
-      {
-        "role": "assistant",
-        "reasoning_content": self.reasoning,
-        "content": f"\\boxed{{{self.answer}}}",
-      },
+      {"role": "assistant", **reasoning, "content": content},
     ]
 
 

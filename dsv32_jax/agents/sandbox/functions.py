@@ -1,0 +1,148 @@
+"""Functions that a model wrote, each tried in a process of its own, and fast.
+
+One sandboxed process stays and runs none of them: it makes a child of itself
+for each, which takes a millisecond instead of an interpreter's start. What a
+program does to its process, the next one does not meet. What is expected stays
+on this side; the sandbox is given arguments alone.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import os
+from typing import Any
+
+from dsv32_jax.agents.sandbox import limits as limits_lib
+from dsv32_jax.agents.sandbox import probing
+from dsv32_jax.agents.sandbox import run
+from dsv32_jax.agents.sandbox import worker as worker_lib
+
+_CPU_SECONDS = 0.5
+# A busy machine takes its time.
+_WALL_SECONDS = 3.0
+# For the sandbox itself to answer, beyond what the program may take.
+_ANSWER_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+  """What a function returned; all of it is the word of untrusted code.
+
+  Attributes:
+    values: JSON, one of each case; None where there is no answer.
+    error: empty, or in one line why not: the program's exception, or `ended`.
+    ended: empty, or what ended its process: a limit, a signal, an exit.
+  """
+
+  values: list[Any] | None = None
+  error: str = ""
+  ended: str = ""
+
+
+class Functions:
+  """Tries functions in one sandbox, one after the other; a context manager.
+
+  The sandbox is started by the first call, and anew after one that ended it.
+  """
+
+  def __init__(self, box: run.Sandbox):
+    """Takes the sandbox; nothing is started yet."""
+    self._worker = worker_lib.Worker(
+      box,
+      run.read_program("forked.py"),
+      limits=limits_lib.Limits(
+        wall_seconds=_WALL_SECONDS + _ANSWER_SECONDS,
+        cpu_seconds=None,
+        memory_bytes=256 << 20,
+        processes=8,
+        disk_bytes=1 << 20,
+        files=16,
+      ),
+    )
+
+  def call(
+    self, program: str, name: str, cases: Sequence[Sequence[Any]]
+  ) -> Outputs:
+    """Calls a function of a program once for each case.
+
+    Args:
+      program: text of a Python module.
+      name: of the function.
+      cases: arguments of each call, of JSON.
+    """
+    return _outputs(self._worker.call("values", _order(program, name, cases)))
+
+  async def call_async(
+    self, program: str, name: str, cases: Sequence[Sequence[Any]]
+  ) -> Outputs:
+    """Is `call` in a thread."""
+    order = _order(program, name, cases)
+    return _outputs(await self._worker.call_async("values", order))
+
+  def close(self) -> None:
+    """Ends the sandbox; the next call would start another."""
+    self._worker.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self.close()
+
+
+def shared() -> Functions:
+  """Returns the one of this process, which lasts as long as that.
+
+  Nothing is started before its first call.
+
+  Raises:
+    SandboxError: this machine offers no sandbox; the message says why.
+  """
+  return _of_process(os.getpid())
+
+
+@functools.cache
+def _of_process(pid: int) -> Functions:
+  # A fork shares no socket with its parent.
+  del pid
+  return Functions(run.Sandbox(probing.probe().require()))
+
+
+def _order(program, name, cases):
+  return {
+    # What has no UTF-8 form is no program: a mistake of whoever wrote it.
+    "program": program.encode("utf-8", "replace").decode(),
+    "name": name,
+    "cases": [list(case) for case in cases],
+    "cpu_seconds": _CPU_SECONDS,
+    "seconds": _WALL_SECONDS,
+  }
+
+
+def _outputs(reply: worker_lib.Reply) -> Outputs:
+  match reply.value:
+    case ["answer", str(text)]:
+      return _read(text)
+    case ["ended", str(over)]:
+      return Outputs(error=f"the program was ended: {over}", ended=over)
+  # The sandbox itself is gone, or could not make a child.
+  over = reply.error or "no answer"
+  return Outputs(error=over, ended=over)
+
+
+def _read(text):
+  try:
+    found = json.loads(text, parse_constant=_refuse)
+  except (ValueError, RecursionError):
+    return Outputs(error="the program wrote no JSON", ended="output")
+  match found:
+    case {"values": list(values)}:
+      return Outputs(values=values)
+    case {"error": str(error)} if error:
+      return Outputs(error=error)
+  return Outputs(error="the program wrote something else", ended="output")
+
+
+def _refuse(constant):
+  raise ValueError(f"{constant} is not JSON")
