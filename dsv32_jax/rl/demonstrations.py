@@ -1,16 +1,18 @@
-"""Solved episodes: supervised seeds for reinforcement learning.
+"""Solved episodes and problems: supervised seeds for reinforcement learning.
 
-A task's solution is played call by call, and what the verifier accepts and the
-cold start's filter keeps becomes an example. It is rendered as the sampler will
-see it and tokenised by the same rules, once.
+Each is in the mode that its task is asked in: with thinking before the answer
+or before every call, or without any. An episode's solution is played call by
+call, and what the verifier accepts and the cold start's filter keeps becomes an
+example. It is rendered as the sampler will see it and tokenised by the same
+rules, once.
 """
 
 import asyncio
 from collections.abc import Iterable, Iterator
-import dataclasses
 import itertools
 import json
 import pathlib
+from typing import Any
 
 from dsv32_jax.agents import cold_start
 from dsv32_jax.agents import loop
@@ -19,38 +21,57 @@ from dsv32_jax.agents import tables
 from dsv32_jax.rl import environments
 from dsv32_jax.rl import episode_config
 from dsv32_jax.rl import episodes
+from dsv32_jax.verifiers import tasks as tasks_lib
 
-# Solutions hold no thinking.
-_MODE = cold_start.TOOL_USE
+# By the mode of the chat format.
+_MODES = {
+  mode.thinking_mode: mode
+  for mode in (cold_start.TOOL_USE, cold_start.REASONING_WITH_TOOLS)
+}
+
+
+def problem_pieces(
+  problem: tasks_lib.Problem, *, thinking: bool
+) -> list[dict[str, Any]]:
+  """A solved problem as `data.pieces` reads it.
+
+  Args:
+    problem: with its solution.
+    thinking: whether the reasoning is learnt before the answer, or left out.
+  """
+  return cold_start.pieces(
+    problem.messages(thinking=thinking), "thinking" if thinking else "chat"
+  )
 
 
 def solved(
   config: episode_config.EpisodesConfig,
   tasks: Iterable[environments.EpisodeTask],
-) -> Iterator[loop.EpisodeResult]:
-  """Plays the solution of each task.
+) -> Iterator[tuple[loop.EpisodeResult, str]]:
+  """Plays the solution of each task; yields also the mode it is played in.
 
   Raises:
-    ValueError: if episodes think, or a solution is no example.
+    ValueError: if a solution is no example.
   """
-  if config.thinking_mode != _MODE.thinking_mode:
-    raise ValueError(
-      f"episodes.thinking_mode={config.thinking_mode!r}: solutions hold no"
-      " thinking"
-    )
   for task in tasks:
+    mode = _MODES[episodes.thinking_mode(config, task)]
+    thinks = mode.thinking_mode == "thinking"
     script = policies.replies(
       *(
-        policies.call(name, json.dumps(arguments, ensure_ascii=False))
-        for name, arguments in task.solve()
+        policies.call(
+          one.name,
+          json.dumps(one.arguments, ensure_ascii=False),
+          reasoning=one.thought if thinks else "",
+        )
+        for one in task.solve()
       )
     )
     policy = policies.ScriptedPolicy(script)
     result = asyncio.run(episodes.play(config, policy, task)).result
-    reason = cold_start.reason_against(result.row(), _MODE, 1.0)
+    reason = cold_start.reason_against(result.row(), mode, 1.0)
     if reason:
       raise ValueError(f"the solution of task {task.id} is no seed: {reason}")
-    yield result
+    yield result, mode.thinking_mode
 
 
 def write(
@@ -62,11 +83,9 @@ def write(
   rows = (
     {
       "id": result.id,
-      "pieces": json.dumps(
-        cold_start.pieces(result.messages, config.thinking_mode)
-      ),
+      "pieces": json.dumps(cold_start.pieces(result.messages, mode)),
     }
-    for result in solved(config, tasks)
+    for result, mode in solved(config, tasks)
   )
   tables.write_jsonl(path, rows)
 
@@ -75,10 +94,9 @@ def texts(
   config: episode_config.EpisodesConfig, *, seed: int, count: int
 ) -> Iterator[str]:
   """Yields the text of some solved tasks, for a tokenizer to train on."""
-  config = dataclasses.replace(config, thinking_mode=_MODE.thinking_mode)
   tasks = environments.Tasks(config.environments, split="train", seed=seed)
   numbered = map(tasks.task, itertools.count())
-  for result in solved(config, itertools.islice(numbered, count)):
-    for piece in cold_start.pieces(result.messages, config.thinking_mode):
+  for result, mode in solved(config, itertools.islice(numbered, count)):
+    for piece in cold_start.pieces(result.messages, mode):
       if "text" in piece:
         yield piece["text"]

@@ -30,6 +30,21 @@ _PATIENCE = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Action:
+  """A call of a solution.
+
+  Attributes:
+    name: of the tool.
+    arguments: of the call.
+    thought: what leads to it, for solutions that think.
+  """
+
+  name: str
+  arguments: dict[str, Any]
+  thought: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EpisodeTask:
   """What an episode is about.
 
@@ -38,13 +53,13 @@ class EpisodeTask:
     domain: for KL weights and metrics.
     thinking: whether replies think first; None: as the run's episodes do.
     make: gives the environment of one episode.
-    solve: gives the calls, name and arguments each, that earn the reward.
+    solve: gives the calls that earn the reward.
   """
 
   id: str
   domain: str
   make: Callable[[], protocol.Environment]
-  solve: Callable[[], list[tuple[str, dict[str, Any]]]]
+  solve: Callable[[], list[Action]]
   thinking: bool | None = None
 
 
@@ -118,6 +133,17 @@ def is_held_out(task: EpisodeTask) -> bool:
   return number % problem_lib.HELD_OUT_SHARE == 0
 
 
+def with_thoughts(calls: Sequence[tuple[str, dict[str, Any]]]) -> list[Action]:
+  """Adds to each call that it is the next one, to the last that it answers."""
+  actions = []
+  for place, (name, arguments) in enumerate(calls, 1):
+    told = ", ".join(map(str, arguments.values()))
+    aim = "The answer is" if place == len(calls) else f"I {name}:"
+    thought = f"{aim.replace('_', ' ')} {told}."
+    actions.append(Action(name=name, arguments=arguments, thought=thought))
+  return actions
+
+
 def _calculator(config):
   task = arithmetic.Arithmetic(terms=config.size, largest=config.largest)
 
@@ -138,7 +164,7 @@ def _calculator_task(problem: problem_lib.Problem) -> EpisodeTask:
   def solve():
     steps = [x.partition(" = ")[0] for x in problem.reasoning.splitlines()]
     calls = [("calculate", {"step": step}) for step in steps]
-    return [*calls, ("submit", {"answer": one.answer})]
+    return with_thoughts([*calls, ("submit", {"answer": one.answer})])
 
   return EpisodeTask(
     id=one.id,
@@ -183,7 +209,7 @@ def _general_task(record, task) -> EpisodeTask:
     id=f"{record['fingerprint']}/{statement[:16]}",
     domain=record["domain"],
     make=functools.partial(general.GeneralEnvironment, record, task),
-    solve=functools.partial(solving.solution_calls, record, task),
+    solve=lambda: with_thoughts(solving.solution_calls(record, task)),
   )
 
 

@@ -150,17 +150,33 @@ def test_a_calculators_episode_can_be_put_back():
   assert asyncio.run(play()) == 1
 
 
-def test_seeds_are_the_tokens_that_a_sampler_would_see():
+@pytest.mark.parametrize("mode", ["chat", "thinking"])
+def test_seeds_are_the_tokens_that_a_sampler_would_see(mode):
   """The examples' tokens equal a conversation's, reply by reply."""
-  texts = list(demonstrations.texts(EPISODES, seed=0, count=30))
+  config = dataclasses.replace(
+    EPISODES,
+    thinking_mode=mode,
+    # What an environment says of itself counts.
+    environments=(
+      CALCULATOR,
+      LOOKUPS,
+      dataclasses.replace(CALCULATOR, name="thought", thinking=True),
+    ),
+  )
+  texts = list(demonstrations.texts(config, seed=0, count=30))
   tokenizer = tokenizers.train(texts, 400)
-  tasks = [tasks_of(EPISODES).task(number) for number in range(12)]
-  for result in demonstrations.solved(EPISODES, tasks):
-    conversation = conversations.Conversation(tokenizer, "chat")
+  tasks = [tasks_of(config).task(number) for number in range(12)]
+  modes = set()
+  for task, (result, played) in zip(
+    tasks, demonstrations.solved(config, tasks), strict=True
+  ):
+    assert played == ("thinking" if task.domain == "thought" else mode)
+    modes.add(played)
+    conversation = conversations.Conversation(tokenizer, played)
     for message in result.messages[:-1]:
       conversation.add(message, written=message["role"] == "assistant")
     (part,) = conversation.parts()
-    given = json.dumps(cold_start.pieces(result.messages, "chat"))
+    given = json.dumps(cold_start.pieces(result.messages, played))
     token_ids, learnt = [], []
     for piece, learn in pieces.read(given, tokenizer):
       ids = tokenizer.encode(piece) if isinstance(piece, str) else [piece]
@@ -173,6 +189,11 @@ def test_seeds_are_the_tokens_that_a_sampler_would_see():
     system = result.messages[0]
     assert "tools" not in system
     assert ")\nsubmit" in system["content"] and "description" not in system
+    for message in result.messages:
+      if message["role"] == "assistant":
+        thought = message.get("reasoning_content", "")
+        assert thought.endswith(".") == (played == "thinking"), thought
+  assert modes == {mode, "thinking"}
 
 
 def episode(value, *, finish="done", tokens=10):
@@ -316,9 +337,3 @@ def test_bad_runs(change, message):
 def test_bad_environments(fields, message):
   with pytest.raises(ValueError, match=message):
     episode_config.EnvironmentConfig(**fields)
-
-
-def test_solutions_do_not_think():
-  config = dataclasses.replace(EPISODES, thinking_mode="thinking")
-  with pytest.raises(ValueError, match="solutions hold no thinking"):
-    next(demonstrations.solved(config, []))
