@@ -17,9 +17,12 @@ from typing import Any, Literal
 from dsv32_jax.agents.environments import calculator
 from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.environments import protocol
+from dsv32_jax.agents.environments import repairs as repair_environment
+from dsv32_jax.agents.synthesis.code import repairs
 from dsv32_jax.agents.synthesis.general import campaign
 from dsv32_jax.agents.synthesis.general import lookups
 from dsv32_jax.agents.synthesis.general import solving
+from dsv32_jax.agents.synthesis.search import small as searches
 from dsv32_jax.rl import episode_config
 from dsv32_jax.verifiers.tasks import arithmetic
 from dsv32_jax.verifiers.tasks import problem as problem_lib
@@ -125,7 +128,8 @@ class Tasks:
 
 def is_held_out(task: EpisodeTask) -> bool:
   """Tells whether a task is for evaluation only: one in eight is."""
-  # The environment alone, of a general one: tasks of one share their data.
+  # Of a general one the environment alone, since its tasks share their data; of
+  # a repair what the file has to do.
   content = task.id.partition("/")[0]
   number = int.from_bytes(
     hashlib.blake2b(content.encode(), digest_size=8).digest()
@@ -174,6 +178,39 @@ def _calculator_task(problem: problem_lib.Problem) -> EpisodeTask:
   )
 
 
+def _actions(calls) -> list[Action]:
+  return [
+    Action(name=name, arguments=arguments, thought=thought)
+    for name, arguments, thought in calls
+  ]
+
+
+def _repairs(config):
+  def draw(generator):
+    drawn = repairs.draw(config.size, config.largest, generator)
+    return EpisodeTask(
+      id=drawn.task.id,
+      domain="repairs",
+      make=lambda: repair_environment.RepairEnvironment(drawn.task),
+      solve=lambda: _actions(drawn.solution),
+    )
+
+  return draw
+
+
+def _searches(config):
+  def draw(generator):
+    task = searches.draw(config.size, config.largest, generator)
+    return EpisodeTask(
+      id=f"search {task.content}",
+      domain="searches",
+      make=lambda: searches.SmallSearchEnvironment(task),
+      solve=lambda: _actions(task.solution()),
+    )
+
+  return draw
+
+
 def _lookups(config):
   names = config.domains or tuple(lookups.DOMAINS)
 
@@ -217,4 +254,6 @@ _DRAW: dict[str, Callable[..., Callable[[random.Random], EpisodeTask]]] = {
   "calculator": _calculator,
   "lookups": _lookups,
   "general": _general,
+  "repairs": _repairs,
+  "searches": _searches,
 }

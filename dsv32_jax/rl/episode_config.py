@@ -5,12 +5,20 @@ import math
 from typing import Literal
 
 from dsv32_jax.agents import limits
+from dsv32_jax.agents.synthesis.code import repairs
 from dsv32_jax.agents.synthesis.general import domains
+from dsv32_jax.agents.synthesis.search import small as searches
 from dsv32_jax.verifiers import length as length_lib
 from dsv32_jax.verifiers.tasks import arithmetic
 
 # One with a fixed toolset has too many tools for look-ups.
 LOOKUP_DOMAINS = tuple(one.name for one in domains.DOMAINS if not one.fixed)
+
+# Of small environments: size and largest that there can be.
+_SIZES = {
+  "repairs": (range(1, len(repairs.NAMES) + 1), range(2, 1001)),
+  "searches": (range(1, 3), range(4, searches.MOST_NAMES + 1)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,10 +27,13 @@ class EnvironmentConfig:
 
   Attributes:
     kind: "calculator" (arithmetic with a tool for each step), "lookups" (small
-      general environments, drawn as they are needed) or "general" (those that
-      experiments.synthesize wrote).
-    size: numbers in a calculator's expression.
-    largest: of these.
+      general environments, drawn as they are needed), "repairs" (short files of
+      which one is wrong), "searches" (a few pages about a made-up world) or
+      "general" (those that experiments.synthesize wrote).
+    size: numbers in a calculator's expression, files of a repair, steps from
+      page to page of a search (1 or 2).
+    largest: number in an expression or a file; of a search, how many names of
+      each kind there are.
     domains: of the look-ups, or of the general ones to be used; () for all.
     path: folder of the synthesis with the general ones.
     weight: share of the tasks, relative to the other kinds.
@@ -30,7 +41,7 @@ class EnvironmentConfig:
     thinking: whether replies think first; None: as episodes.thinking_mode.
   """
 
-  kind: Literal["calculator", "lookups", "general"]
+  kind: Literal["calculator", "lookups", "general", "repairs", "searches"]
   size: int = 3
   largest: int = 20
   domains: tuple[str, ...] = ()
@@ -49,6 +60,13 @@ class EnvironmentConfig:
       )
     if self.kind == "calculator":
       arithmetic.Arithmetic(terms=self.size, largest=self.largest)
+    if self.kind in _SIZES:
+      sizes, numbers = _SIZES[self.kind]
+      if self.size not in sizes or self.largest not in numbers:
+        raise ValueError(
+          f"size={self.size} of kind={self.kind!r} must be {sizes[0]} to"
+          f" {sizes[-1]}, largest={self.largest} {numbers[0]} to {numbers[-1]}"
+        )
     unknown = set(self.domains) - set(LOOKUP_DOMAINS)
     if self.kind == "lookups" and unknown:
       raise ValueError(

@@ -40,6 +40,8 @@ CALCULATOR = episode_config.EnvironmentConfig(
   kind="calculator", size=2, largest=9
 )
 LOOKUPS = episode_config.EnvironmentConfig(kind="lookups")
+REPAIRS = episode_config.EnvironmentConfig(kind="repairs", size=2, largest=9)
+SEARCHES = episode_config.EnvironmentConfig(kind="searches", size=2)
 EPISODES = episode_config.EpisodesConfig(
   environments=(CALCULATOR, LOOKUPS),
   limits=agent_loop.EpisodeLimits(turns=4, window=400),
@@ -69,6 +71,19 @@ def test_no_task_is_in_both_splits():
   )
   # Small sums are soon all there.
   assert len(held_out) > 30 and not train & held_out
+
+
+@pytest.mark.parametrize("config", [REPAIRS, SEARCHES], ids=lambda x: x.kind)
+def test_no_function_or_answer_is_in_both_splits(config):
+  """Whatever the fault or the world, what has to be found is of one split."""
+  contents = []
+  for split, seed, count in (("train", 0, 400), ("held_out", 3, 100)):
+    drawn = environments.Tasks((config,), split=split, seed=seed)
+    contents.append(
+      {drawn.task(number).id.partition("/")[0] for number in range(count)}
+    )
+  train, held_out = contents
+  assert len(train) > 200 and len(held_out) > 40 and not train & held_out
 
 
 def test_general_environments_are_held_out_whole(tmp_path):
@@ -160,12 +175,14 @@ def test_seeds_are_the_tokens_that_a_sampler_would_see(mode):
     environments=(
       CALCULATOR,
       LOOKUPS,
+      REPAIRS,
+      SEARCHES,
       dataclasses.replace(CALCULATOR, name="thought", thinking=True),
     ),
   )
   texts = list(demonstrations.texts(config, seed=0, count=30))
   tokenizer = tokenizers.train(texts, 400)
-  tasks = [tasks_of(config).task(number) for number in range(12)]
+  tasks = [tasks_of(config).task(number) for number in range(20)]
   modes = set()
   for task, (result, played) in zip(
     tasks, demonstrations.solved(config, tasks), strict=True
@@ -332,6 +349,9 @@ def test_bad_runs(change, message):
     (dict(kind="lookups", domains=("no",)), r"domains=\('no',\) must be of"),
     (dict(kind="calculator", size=1), "terms=1"),
     (dict(kind="calculator", weight=0.0), "weight=0.0"),
+    (dict(kind="repairs", size=7), "size=7 of kind='repairs' must be 1 to 6"),
+    (dict(kind="searches", size=3), "size=3 of kind='searches'"),
+    (dict(kind="searches", size=1, largest=99), "largest=99 4 to 32"),
   ],
 )
 def test_bad_environments(fields, message):

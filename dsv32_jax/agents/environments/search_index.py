@@ -88,21 +88,27 @@ def build(path: str | os.PathLike, documents: Iterable[Document]) -> str:
   partial = path.with_name(path.name + ".partial")
   partial.unlink(missing_ok=True)
   connection = sqlite3.connect(partial)
-  digest, number = hashlib.sha256(), 0
   try:
-    connection.executescript(_SCHEMA)
-    for number, document in enumerate(documents, 1):
-      _insert(connection, number, document)
-      for text in (document.name, document.title, document.text):
-        digest.update(hashlib.sha256(text.encode()).digest())
-    if not number:
-      raise ValueError(f"{path}: an index needs at least one document")
-    connection.execute("INSERT INTO identity VALUES (?)", [digest.hexdigest()])
+    identity = _fill(connection, documents, path)
     connection.execute("INSERT INTO chunks (chunks) VALUES ('optimize')")
     connection.commit()
   finally:
     connection.close()
   os.replace(partial, path)
+  return identity
+
+
+def _fill(connection, documents, where):
+  """Makes the tables; returns the identity."""
+  digest, number = hashlib.sha256(), 0
+  connection.executescript(_SCHEMA)
+  for number, document in enumerate(documents, 1):
+    _insert(connection, number, document)
+    for text in (document.name, document.title, document.text):
+      digest.update(hashlib.sha256(text.encode()).digest())
+  if not number:
+    raise ValueError(f"{where}: an index needs at least one document")
+  connection.execute("INSERT INTO identity VALUES (?)", [digest.hexdigest()])
   return digest.hexdigest()
 
 
@@ -158,7 +164,10 @@ class LocalIndex:
       found = self._connection.execute("SELECT sha256 FROM identity").fetchone()
     except sqlite3.Error as error:
       raise ValueError(f"{path} is no index of documents: {error}") from error
-    self.identity = found[0]
+    self._begin(found[0])
+
+  def _begin(self, identity):
+    self.identity = identity
     # A query's pages are asked for one by one.
     self._ranked = functools.lru_cache(maxsize=512)(self._rank)
 
@@ -228,6 +237,20 @@ class LocalIndex:
   def close(self) -> None:
     """Closes the file."""
     self._connection.close()
+
+
+class MemoryIndex(LocalIndex):
+  """An index of few documents that is made where it is needed."""
+
+  def __init__(self, documents: Iterable[Document]):
+    """Makes it; ValueError as of `build`."""
+    self._connection = sqlite3.connect(":memory:", check_same_thread=False)
+    try:
+      identity = _fill(self._connection, documents, "in memory")
+    except BaseException:
+      self._connection.close()
+      raise
+    self._begin(identity)
 
 
 def match_expression(query: str) -> str:

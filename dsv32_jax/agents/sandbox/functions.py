@@ -6,6 +6,7 @@ program does to its process, the next one does not meet. What is expected stays
 on this side; the sandbox is given arguments alone.
 """
 
+import atexit
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -104,9 +105,15 @@ def shared() -> Functions:
 
 @functools.cache
 def _of_process(pid: int) -> Functions:
-  # A fork shares no socket with its parent.
-  del pid
-  return Functions(run.Sandbox(probing.probe().require()))
+  made = Functions(run.Sandbox(probing.probe().require()))
+
+  def close():
+    # A fork shares no socket with its parent, and does not end its sandbox.
+    if os.getpid() == pid:
+      made.close()
+
+  atexit.register(close)
+  return made
 
 
 def _order(program, name, cases):
