@@ -85,6 +85,26 @@ def _split_marks(text: str) -> list[str]:
   return [_MARKS.get(part, part) for part in parts if part]
 
 
+# What stands between special tokens, names and values of calls and results.
+PHRASES = (
+  "\n\n<",
+  "function_calls>\n<",
+  'invoke name="',
+  '">\n<',
+  '">\n\n</',
+  'parameter name="',
+  '" string="true">',
+  '" string="false">',
+  "</",
+  "parameter>\n<",
+  "parameter>\n</",
+  "invoke>\n<",
+  "invoke>\n</",
+  "function_calls>",
+  "\n\n<function_results>\n<result>",
+  "</result>\n<result>",
+  "</result>\n</function_results>\n\n",
+)
 _TOOLS_PIECES = _split_marks(_TOOLS)
 _CALLS_OPEN = _split_marks("\n\n<@dsml@function_calls>\n")
 _CALLS_CLOSE = _split_marks("\n</@dsml@function_calls>")

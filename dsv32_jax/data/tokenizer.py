@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 
 import tokenizers
 from tokenizers import decoders
@@ -37,6 +38,9 @@ SPECIAL_TOKENS = {
   "fim_hole": "<\uff5cfim\u2581hole\uff5c>",
   "fim_end": "<\uff5cfim\u2581end\uff5c>",
 }
+# No token of a tokenizer trained here goes beyond three digits, a word with the
+# space before it, signs likewise, or white space.
+_DIGITS = r"\p{N}{1,3}"
 NUM_BYTES = 256
 MAX_FILE_BYTES = 256 * 2**20
 # Embedding tables are sized by the largest id.
@@ -50,11 +54,14 @@ class TokenizerConfig:
   Attributes:
     path: an existing tokenizer.json; None trains one on the data sources.
     vocab_size: number of ids of a trained tokenizer, special tokens included.
+    whole_format: whether one trained on episodes makes the fixed texts of tool
+      calls and their results single tokens, for small windows.
     sample_bytes: characters of text to train on, spread over the sources.
   """
 
   path: str | None = None
   vocab_size: int = 4096
+  whole_format: bool = False
   sample_bytes: int = 4_000_000
 
   def __post_init__(self):
@@ -238,23 +245,28 @@ def load(path: str | os.PathLike) -> Tokenizer:
   return Tokenizer(content, str(path))
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train(
+  texts: Iterable[str], vocab_size: int, phrases: Sequence[str] = ()
+) -> Tokenizer:
   """Trains a byte-level BPE; the same texts give the same tokenizer.
 
   Args:
     texts: documents; whatever they contain, every string can be encoded.
     vocab_size: number of ids, special tokens (the first ones) included. Little
       text gives fewer.
+    phrases: strings that may become single tokens, where words and signs would
+      be apart; they do if the texts hold them often.
 
   Raises:
     ValueError: vocab_size cannot hold the bytes and the special tokens.
   """
   TokenizerConfig(vocab_size=vocab_size)
   model = tokenizers.Tokenizer(models.BPE())
+  pieces = _pieces_with(phrases) if phrases else _DIGITS
   model.pre_tokenizer = pre_tokenizers.Sequence(
     [
-      pre_tokenizers.Split(tokenizers.Regex(r"\p{N}{1,3}"), "isolated"),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+      pre_tokenizers.Split(tokenizers.Regex(pieces), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not phrases),
     ]
   )
   model.decoder = decoders.ByteLevel()
@@ -267,6 +279,18 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   )
   model.train_from_iterator(texts, trainer)
   return Tokenizer(model.to_str(), "trained tokenizer")
+
+
+def _pieces_with(phrases: Sequence[str]) -> str:
+  """One expression for all pieces: a second one would cut phrases again."""
+  whole = "|".join(
+    # Oniguruma takes no line end behind a backslash.
+    re.escape(phrase).replace("\\\n", "\\n")
+    for phrase in sorted(phrases, key=len, reverse=True)
+  )
+  signs = rf"(?:(?!{whole})[^\s\p{{L}}\p{{N}}])+"
+  words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+"
+  return rf"{whole}|{_DIGITS}|{words}| ?{signs}|\s+(?!\S)|\s+"
 
 
 def _parse(content: str, origin: str) -> dict:

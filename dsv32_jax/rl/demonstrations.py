@@ -97,6 +97,8 @@ def texts(
   tasks = environments.Tasks(config.environments, split="train", seed=seed)
   numbered = map(tasks.task, itertools.count())
   for result, mode in solved(config, itertools.islice(numbered, count)):
-    for piece in cold_start.pieces(result.messages, mode):
-      if "text" in piece:
-        yield piece["text"]
+    pieces = cold_start.pieces(result.messages, mode)
+    # Where neighbouring texts meet is no border of tokens.
+    for is_text, group in itertools.groupby(pieces, lambda x: "text" in x):
+      if is_text:
+        yield "".join(piece["text"] for piece in group)

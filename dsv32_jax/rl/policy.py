@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from dsv32_jax import sharding
+from dsv32_jax.agents import chat_format
 from dsv32_jax.data import tokenizer as tokenizer_lib
 from dsv32_jax.model import fresh
 from dsv32_jax.model import transformer
@@ -260,4 +261,5 @@ def make_tokenizer(config: run_config.RlConfig) -> tokenizer_lib.Tokenizer:
         answer["reasoning_content"],
         answer["content"],
       ]
-  return tokenizer_lib.train(texts, config.tokenizer.vocab_size)
+  phrases = chat_format.PHRASES if config.tokenizer.whole_format else ()
+  return tokenizer_lib.train(texts, config.tokenizer.vocab_size, phrases)

@@ -39,6 +39,39 @@ def test_every_string_round_trips(tokenizer, text):
   assert all(len(SPECIAL) <= i < tokenizer.vocab_size for i in ids)
 
 
+PHRASES = ("</end>\n", "</end>\n<next>", '" of="', "\n\n<")
+WHOLE = tokenizers.train(
+  [f'{word}."' + "".join(PHRASES) for word in "abcdefgh"] * 9, 400, PHRASES
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(parts=st.lists(st.one_of(TEXT, st.sampled_from(PHRASES))))
+def test_every_string_round_trips_with_phrases(parts):
+  text = "".join(parts)
+  assert WHOLE.decode(WHOLE.encode(text)) == text
+
+
+def test_phrases_are_single_tokens_wherever_they_stand():
+  for phrase in PHRASES:
+    assert len(WHOLE.encode(phrase)) == 1
+  # Signs before it are apart, and the longest one counts.
+  one, *rest = WHOLE.encode("a).</end>\n<next>"), WHOLE.encode("a).")
+  assert one[:-1] == rest[0]
+  assert one[-1:] == WHOLE.encode("</end>\n<next>")
+
+
+def test_pieces_are_the_same_whether_there_are_phrases():
+  """One expression in the place of two: no text is cut in another way."""
+  texts = ["it's 12 a1b  c\n\n d, (e) 1234567 f?! \u00e9\u4e2d"] * 9
+  plain = tokenizers.train(texts, 400)
+  other = tokenizers.train(texts, 400, ["no such phrase"])
+  for text in (*texts, "a 12 b  ", " 1 2 ", "x\n\n\n3", "..a..1"):
+    assert [plain.decode([x]) for x in plain.encode(text)] == [
+      other.decode([x]) for x in other.encode(text)
+    ]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
   parts=st.lists(st.one_of(TEXT, st.sampled_from(sorted(SPECIAL.values()))))

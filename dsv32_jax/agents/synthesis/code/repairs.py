@@ -84,6 +84,6 @@ def _solution(broken, wanted, written, modules) -> tuple[Call, ...]:
   return (
     *look,
     ("open", {"file": file}, f"I look at {broken}."),
-    ("edit", edit, f"It is to {wanted.words()}: {wanted.python()}."),
+    ("edit", edit, f"It has to be {wanted.python()}."),
     ("submit", {}, "It is mended."),
   )

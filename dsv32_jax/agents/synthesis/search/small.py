@@ -6,11 +6,11 @@ so that the first one has to be searched for, and name the pages of what they
 mention.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import itertools
 import random
 
+from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.environments import search
 from dsv32_jax.agents.environments import search_index
 
@@ -41,7 +41,17 @@ NAMES = {
 }
 MOST_NAMES = min(map(len, NAMES.values()))
 _COUNTS = {"person": 4, "town": 2, "firm": 2}
-LIMITS = search.SearchLimits(hits=2, page_chars=400, max_steps=20)
+_HITS = 2
+_MAX_STEPS = 20
+TOOLS = (
+  protocol.tool(
+    "search",
+    "Returns the names and titles of the pages that hold words, best first.",
+    {"query": {"type": "string"}},
+  ),
+  protocol.tool("open", "Returns a page.", {"document": {"type": "string"}}),
+  *(one for one in search.SCHEMAS if one.name == "submit_result"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,30 +216,31 @@ class _World:
 
 
 class SmallSearchEnvironment(search.SearchEnvironment):
-  """A task's question over its own world, of titles and whole pages."""
+  """A task's question over its own world; hits are titles, pages are whole."""
 
   def __init__(self, task: SearchTask):
     """Makes the index, which closes with the environment."""
     self._index = search_index.MemoryIndex(task.documents)
     super().__init__(
-      _Titles(self._index),
+      self._index,
       {"id": task.content, "question": task.question, "answer": task.answer},
-      limits=LIMITS,
+      limits=search.SearchLimits(max_steps=_MAX_STEPS),
     )
+
+  async def reset(self) -> protocol.Start:
+    await super().reset()
+    return protocol.Start(observation=self.task["question"], tools=TOOLS)
 
   async def close(self) -> None:
     self._index.close()
 
-
-class _Titles:
-  """A source whose hits have no snippet, which would be the whole page."""
-
-  def __init__(self, index: search_index.LocalIndex):
-    self._index = index
-    self.open = index.open
-
-  async def search(
-    self, query: str, *, offset: int, count: int
-  ) -> Sequence[search_index.Hit]:
-    found = await self._index.search(query, offset=offset, count=count)
-    return [dataclasses.replace(one, snippet="") for one in found]
+  async def carry_out(self, call: protocol.ToolCall) -> str:
+    match call.name:
+      case "search":
+        query = call.arguments["query"]
+        hits = self._index.search_now(query, offset=0, count=_HITS)
+        told = [f"{hit.name} {hit.title}" for hit in hits]
+        return "\n".join(told) or "no hits"
+      case "open":
+        return self._index.open_now(call.arguments["document"]).text
+    return await super().carry_out(call)
