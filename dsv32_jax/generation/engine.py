@@ -56,10 +56,13 @@ class Engine:
     self.config = config
     self._programs = programs.Programs(model, config)
     self._vocab_size = model.config.vocab_size
+    # Tokens of a sequence that a step runs when its prompt is in the cache.
+    self._decoded = 2 if config.speculate else 1
     self._scheduler = scheduler.Scheduler(
       pages_lib.Pages(self._programs.num_pages, config.page_size),
       max_batch=config.max_batch,
       row_tokens=config.row_tokens,
+      decoded=self._decoded,
     )
     self._eos_id, self._detokenize = eos_id, detokenize
     self._seeds = np.random.default_rng(config.seed)
@@ -72,8 +75,6 @@ class Engine:
       drafted_tokens=0,
       accepted_tokens=0,
     )
-    # Tokens of a sequence that a step runs when its prompt is in the cache.
-    self._decoded = 2 if config.speculate else 1
 
   def warm_up(self) -> None:
     """Compiles every program that requests can ask for."""

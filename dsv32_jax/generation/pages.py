@@ -155,8 +155,8 @@ class Pages:
     while len(pages) < limit:
       start = len(pages) * self.page_size
       content = tuple(tokens[start : start + self.page_size])
-      page = self._by_prefix.get(self._prefix(before, content))
-      if page is None or not self._known[page].wanted.has(wanted):
+      page = self.find(before, content, wanted)
+      if page is None:
         break
       pages.append(page)
       found.append(self._known[page])
@@ -165,6 +165,17 @@ class Pages:
       self._unused.pop(page, None)
       self._users[page] += 1
     return pages, found
+
+  def find(self, before: int, tokens: tuple, wanted: Wanted) -> int | None:
+    """Returns the remembered page of `tokens` behind those of `before`."""
+    page = self._by_prefix.get(self._prefix(before, tokens))
+    if page is None or not self._known[page].wanted.has(wanted):
+      return None
+    return page
+
+  def has_user(self, page: int) -> bool:
+    """Whether a page is in a sequence's table."""
+    return self._users[page] > 0
 
   def forget_all(self) -> None:
     """Forgets every prefix, as when the weights change."""

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from dsv32_jax.generation import admission
 from dsv32_jax.generation import pages as pages_lib
 from dsv32_jax.generation import sequence
 
@@ -38,13 +39,26 @@ class Scheduler:
   """
 
   def __init__(
-    self, pages: pages_lib.Pages, *, max_batch: int, row_tokens: int
+    self,
+    pages: pages_lib.Pages,
+    *,
+    max_batch: int,
+    row_tokens: int,
+    decoded: int,
   ):
+    """Begins with nobody.
+
+    Args:
+      pages: of the cache.
+      max_batch: rows.
+      row_tokens: tokens of a row of a chunk.
+      decoded: tokens of a sequence that a step behind its prompt runs.
+    """
     self.pages = pages
     self.rows: list[sequence.Sequence | None] = [None] * max_batch
     self.waiting: list[sequence.Sequence] = []
     self.preemptions = self.shared_tokens = 0
-    self._row_tokens = row_tokens
+    self._row_tokens, self._decoded = row_tokens, decoded
 
   def running(self) -> list[sequence.Sequence]:
     """Oldest first."""
@@ -53,12 +67,19 @@ class Scheduler:
 
   def admit(self) -> None:
     """Gives free rows to those that wait, while there are pages for them."""
+    if not self.waiting or None not in self.rows:
+      return
+    running = self.running()
+    plan = admission.Admission(
+      self.pages, running, row_tokens=self._row_tokens, decoded=self._decoded
+    )
     while self.waiting and None in self.rows:
       one = self.waiting[0]
-      # With none to spare it would only be thrown out again.
-      needed = -(-(one.prefill_end + 1) // self.pages.page_size)
-      if self.running() and needed > self.pages.num_free:
+      # Alone it has all pages, and will give others none.
+      if running and not plan.has_room(one):
         return
+      plan.add(one)
+      running.append(one)
       self.rows[self.rows.index(None)] = self.waiting.pop(0)
 
   def remove(self, one: sequence.Sequence) -> None:
