@@ -182,7 +182,7 @@ def _fine_tune(config, workdir, name, source, steps, init_from):
   train = shown.sft_config(
     config, source, workdir, steps=steps, init_from=init_from
   )
-  loop.train(train, os.path.join(workdir, name), title=name)
+  loop.train(train, os.path.join(workdir, name), title=name, root=workdir)
 
 
 def _reinforce(config, workdir, name, start, tasks, rollouts):
@@ -199,7 +199,7 @@ def _reinforce(config, workdir, name, start, tasks, rollouts):
     # All domains are evaluated at its end.
     evaluation=None,
   )
-  rl_loop.train(rl, os.path.join(workdir, name), title=name)
+  rl_loop.train(rl, os.path.join(workdir, name), title=name, root=workdir)
   return evaluate(config, workdir, name)
 
 

@@ -41,7 +41,7 @@ def run_stage(config: config_lib.RecipeConfig, workdir: str, name: str) -> None:
   number = 1 + list(config_lib.STAGES).index(name)
   title = f"{number}/{len(config_lib.STAGES)} {config_lib.STAGES[name][1]}"
   with record.clock(workdir, name):
-    loop.train(stage, os.path.join(workdir, name), title=title)
+    loop.train(stage, os.path.join(workdir, name), title=title, root=workdir)
   tokens = stage.steps * config.batch_size * config.sequence_length
   record.write(workdir, name, {"steps": stage.steps, "tokens": tokens})
 

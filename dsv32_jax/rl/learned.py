@@ -105,7 +105,8 @@ def run(config: LearnedConfig, workdir: str) -> dict[str, Any]:
 
   measured("sft", lambda: fine_tune(config, workdir))
   measured(
-    "grpo", lambda: loop.train(rl, os.path.join(workdir, "grpo")).model()
+    "grpo",
+    lambda: loop.train(rl, os.path.join(workdir, "grpo"), root=workdir).model(),
   )
   return found
 
@@ -124,7 +125,7 @@ def fine_tune(config: LearnedConfig, workdir: str):
   train = shown.sft_config(
     config, source, workdir, steps=config.sft_steps, init_from=None
   )
-  training_loop.train(train, folder, title="sft")
+  training_loop.train(train, folder, title="sft", root=workdir)
   return model_checkpoint.load_model(os.path.join(folder, "checkpoints"))
 
 

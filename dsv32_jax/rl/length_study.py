@@ -90,7 +90,7 @@ def fine_tune(config: LengthConfig, workdir: str) -> dict[str, int]:
     config, source, workdir, steps=config.steps, init_from=None
   )
   folder = os.path.join(workdir, "start")
-  training_loop.train(train, folder, title="fine-tuning")
+  training_loop.train(train, folder, title="fine-tuning", root=workdir)
   return {"steps": config.steps}
 
 
@@ -110,7 +110,7 @@ def reinforce(config: LengthConfig, arm: str, workdir: str):
       config.rl.tokenizer, path=os.path.join(workdir, run_lib.TOKENIZER_FILE)
     ),
   )
-  loop.train(rl, folder, title=arm)
+  loop.train(rl, folder, title=arm, root=workdir)
   rows = metrics_lib.read_rows(os.path.join(folder, "metrics.jsonl"))
   times = metrics_lib.read_rows(os.path.join(folder, "timings.jsonl"))
   names = ("version", "pass_at_1", "answer_tokens")

@@ -35,6 +35,7 @@ def train(
   *,
   scorer: Callable = reward_lib.score,
   title: str = "rl",
+  root: str | None = None,
 ) -> policy_lib.Policy:
   """Runs GRPO to its end, from the newest checkpoint if there is one.
 
@@ -47,6 +48,8 @@ def train(
     workdir: folder of this run alone.
     scorer: as of reward.Rewarder.
     title: of the progress bar.
+    root: folder of the experiment that the run is a part of, if any; see
+      `training.loop.check_folder`.
 
   Returns:
     The policy; its checkpoint folder is closed.
@@ -57,7 +60,7 @@ def train(
     run_lib.Stopped: after a SIGTERM, once the state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
-  training_loop.check_folder(config, workdir, _MAY_CHANGE)
+  training_loop.check_folder(config, workdir, _MAY_CHANGE, root)
   policy = policy_lib.Policy(config, workdir)
   with contextlib.ExitStack() as stack:
     stack.callback(policy.close)
@@ -71,7 +74,7 @@ def train(
     )
     stack.enter_context(jax.set_mesh(policy.mesh))
     start = policy.resume()
-    training_loop.claim_folder(config, workdir, _MAY_CHANGE)
+    training_loop.claim_folder(config, workdir, _MAY_CHANGE, root)
     sampler = _sampler(policy, rewarder)
     writer = stack.enter_context(
       metrics_lib.MetricsWriter(workdir, resume_step=start or None)

@@ -260,6 +260,7 @@ def reinforce(config: ShownConfig, workdir: str) -> list[dict[str, float]]:
       config.rl, init_from=start_folder(workdir), tokenizer=tokenizer
     ),
     folder,
+    root=workdir,
   )
   times = metrics_lib.read_rows(os.path.join(folder, "timings.jsonl"))
   spent = np.cumsum([r["seconds"] - r["evaluation_seconds"] for r in times])

@@ -16,18 +16,26 @@ def run(program, workdir):
 
 @pytest.mark.slow
 def test_both_arms_of_the_length_study_are_reported(tmp_path):
-  report = run("rl_length", tmp_path)
+  workdir = tmp_path / "before"
+  report = run("rl_length", workdir)
   arms = ["no penalty", "length penalty"]
   assert [arm for arm in report if arm != "curves"] == arms
   starts = [report[arm]["answer_tokens"]["start"] for arm in arms]
   # From one model, on the same problems with the same draws.
   assert starts[0] == starts[1]
   for name in ("pass_at_1", "answer_tokens"):
-    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
   for folder, penalty in (("no_penalty", None), ("length_penalty", 0.3)):
-    path = tmp_path / "seed_0" / folder / "config.json"
+    path = workdir / "seed_0" / folder / "config.json"
     length = json.loads(path.read_text())["reward"]["length"]
     assert (length and length["weight"]) == penalty
+  # Moved, it goes on: what is asked for again begins where its parts lie now.
+  moved = workdir.rename(tmp_path / "after")
+  for name in ("start", "no_penalty"):
+    (moved / "seed_0" / f"{name}.json").unlink()
+  again = run("rl_length", moved)
+  for arm in arms:
+    assert again[arm]["pass_at_1"] == report[arm]["pass_at_1"]
 
 
 @pytest.mark.slow
