@@ -50,7 +50,7 @@ _DRAIN = flags.DEFINE_float(
 _STRICT = flags.DEFINE_bool(
   "strict_schemas",
   False,
-  "Holds replies to strict JSON schemas; needs the extra `grammar`.",
+  "Holds replies and tool calls to strict schemas; needs the extra `grammar`.",
 )
 _BACKLOG = 2048
 _LAST_SECONDS = 10.0

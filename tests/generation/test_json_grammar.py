@@ -10,6 +10,7 @@ from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.generation.server import constraints
 from dsv32_jax.generation.server import json_grammar
 from dsv32_jax.generation.server import schemas
+from tests.support import constrained
 
 SCHEMA = {
   "type": "object",
@@ -34,51 +35,39 @@ def grammars(tokenizer):
   return json_grammar.JsonGrammars(tokenizer)
 
 
-def ids_of(allowed_W):
-  bits = np.unpackbits(allowed_W.view(np.uint8), bitorder="little")
-  return np.flatnonzero(bits)
-
-
-def written(constraint, tokenizer, seed, drawn=()):
-  """Draws evenly from what is allowed, up to the end."""
-  generator, drawn = np.random.default_rng(seed), list(drawn)
-  while not drawn or drawn[-1] != tokenizer.eos_id:
-    drawn.append(int(generator.choice(ids_of(constraint.allowed(drawn)))))
-    assert len(drawn) < 4000
-  return drawn
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_whatever_is_drawn_keeps_to_the_schema(grammars, tokenizer, seed):
   new = grammars.constraints(SCHEMA, thinking=False)
   first, second = new(), new()
-  drawn = written(first, tokenizer, seed)
+  drawn = constrained.written(first, tokenizer, seed)
   jsonschema.validate(json.loads(tokenizer.decode(drawn[:-1])), SCHEMA)
   assert first.failure is None
   # Another answer has a place of its own, and nothing hangs on how often it
   # is asked.
   for count in range(0, len(drawn), 7):
-    again = ids_of(second.allowed(drawn[:count]))
+    again = constrained.ids_of(second.allowed(drawn[:count]))
     assert drawn[count] in again
-    np.testing.assert_array_equal(ids_of(second.allowed(drawn[:count])), again)
+    np.testing.assert_array_equal(
+      constrained.ids_of(second.allowed(drawn[:count])), again
+    )
   # Whoever goes on behind the end may only end again.
-  assert ids_of(first.allowed(drawn)).tolist() == [tokenizer.eos_id]
+  assert constrained.ids_of(first.allowed(drawn)).tolist() == [tokenizer.eos_id]
 
 
 def test_thinking_is_free_and_does_not_end_the_answer(grammars, tokenizer):
   (constraint,) = [grammars.constraints(SCHEMA, thinking=True)()]
-  free = ids_of(constraint.allowed([]))
+  free = constrained.ids_of(constraint.allowed([]))
   assert tokenizer.eos_id not in free
   assert set(range(tokenizer.vocab_size)) - set(free) == {tokenizer.eos_id}
   thought = [*tokenizer.encode("what {"), tokenizer.special_id("think_end")]
-  drawn = written(constraint, tokenizer, 1, thought)
+  drawn = constrained.written(constraint, tokenizer, 1, thought)
   text = tokenizer.decode(drawn[len(thought) : -1])
   jsonschema.validate(json.loads(text), SCHEMA)
 
 
 def test_no_special_token_is_text(grammars, tokenizer):
   constraint = grammars.constraints({"type": "string"}, thinking=False)()
-  allowed = ids_of(constraint.allowed(tokenizer.encode('"')))
+  allowed = constrained.ids_of(constraint.allowed(tokenizer.encode('"')))
   assert len(allowed) > 100
   assert not set(allowed) & set(tokenizer.special_ids)
 
@@ -89,7 +78,7 @@ def test_what_the_schema_forbids_ends_the_answer_as_a_failure(
   """As where more than the constraint decides what is drawn."""
   constraint = grammars.constraints({"type": "integer"}, thinking=False)()
   allowed = constraint.allowed(tokenizer.encode("x"))
-  assert ids_of(allowed).tolist() == [tokenizer.eos_id]
+  assert constrained.ids_of(allowed).tolist() == [tokenizer.eos_id]
   assert constraint.failure
 
 

@@ -8,6 +8,7 @@ import pytest
 from dsv32_jax.agents import chat
 from dsv32_jax.agents import chat_format
 from dsv32_jax.data import tokenizer as tokenizers
+from dsv32_jax.generation.server import json_grammar
 from tests.support import scripted_api
 
 
@@ -93,3 +94,93 @@ def test_a_forced_call_that_the_model_spoils(tokenizer):
       list(served.chat(stream=True, **asked))
     (cut,) = served.chat(max_tokens=9, **asked).choices
     assert cut.finish_reason == "length" and not cut.message.tool_calls
+
+
+@pytest.mark.parametrize("mode", ["chat", "thinking"])
+@pytest.mark.parametrize("parallel", [None, True, False])
+def test_at_most_one_call_where_that_is_asked_for(tokenizer, parallel, mode):
+  calls = scripted_api.CALL["tool_calls"] * 3
+  text = chat.encode_messages(
+    [scripted_api.CALL | {"tool_calls": calls}],
+    mode,
+    context=[scripted_api.USER],
+  )
+  script = tokenizer.encode_rendered(text)
+  asked = dict(
+    tools=[scripted_api.TOOL],
+    extra_body=scripted_api.thinking(mode == "thinking"),
+    **({} if parallel is None else {"parallel_tool_calls": parallel}),
+  )
+  with scripted_api.serving(tokenizer, lambda prompt: script) as served:
+    reply = served.chat(**asked)
+    parts, usage = scripted_api.assembled(
+      served.chat(stream=True, stream_options={"include_usage": True}, **asked)
+    )
+    assert not served.engine.has_work
+  (whole,), want = reply.choices, 1 if parallel is False else 3
+  assert len(whole.message.tool_calls) == len(parts[0]["calls"]) == want
+  assert whole.finish_reason == parts[0]["finish"] == "tool_calls"
+  arguments = json.loads(calls[0]["function"]["arguments"])
+  for call in whole.message.tool_calls:
+    assert json.loads(call.function.arguments) == arguments
+  # What is not read is not drawn: of three calls about a third.
+  drawn = reply.usage.completion_tokens
+  assert usage.completion_tokens == drawn
+  assert (drawn < 0.7 * len(script)) == (parallel is False)
+  assert not whole.message.content and not parts[0]["content"]
+
+
+STRICT = {
+  "type": "function",
+  "function": {
+    "name": "add",
+    "strict": True,
+    "parameters": {
+      "type": "object",
+      "properties": {
+        "a": {"type": "integer"},
+        "note": {"type": ["string", "null"]},
+      },
+      "required": ["a", "note"],
+      "additionalProperties": False,
+    },
+  },
+}
+
+
+def test_arguments_of_a_strict_tool_keep_to_its_schema(tokenizer):
+  """A script that writes letters where the schema has an integer."""
+  right = chat.encode_messages(
+    [scripted_api.CALL], "chat", context=[scripted_api.USER]
+  )
+  wrong = right.replace('string="false">1<', 'string="false">1x<')
+  assert wrong != right
+  script = tokenizer.encode_rendered(wrong)
+  grammars = json_grammar.JsonGrammars(tokenizer)
+
+  def asked(served, tool):
+    return served.chat(tools=[tool], max_tokens=len(script) + 60).choices[0]
+
+  with scripted_api.serving(
+    tokenizer, lambda prompt: script, grammars=grammars
+  ) as served:
+    free = asked(served, scripted_api.TOOL)
+    held = asked(served, STRICT)
+    with pytest.raises(openai.BadRequestError, match="'add': additionalProp"):
+      asked(
+        served,
+        {
+          "type": "function",
+          "function": {**scripted_api.TOOL["function"], "strict": True},
+        },
+      )
+  assert free.finish_reason == "stop" and not free.message.tool_calls
+  (call,) = held.message.tool_calls
+  found = json.loads(call.function.arguments)
+  assert isinstance(found.pop("a"), int) and list(found) == ["note"]
+  # Without the library it is refused, and told what for.
+  with scripted_api.serving(tokenizer, lambda prompt: script) as served:
+    with pytest.raises(openai.BadRequestError, match="--strict_schemas"):
+      asked(served, STRICT)
+    # A tool that is not shown holds nothing to anything.
+    served.chat(tools=[STRICT], tool_choice="none", max_tokens=4)

@@ -3,11 +3,13 @@
 import contextlib
 import functools
 import json
+from typing import Annotated, Literal
 
 from flax import nnx
 import jax
 import jsonschema
 import openai
+import pydantic
 import pytest
 
 from dsv32_jax import sharding
@@ -200,6 +202,33 @@ def test_replies_of_a_random_model_keep_to_a_schema(client):
   assert len(whole) > 3
   for one in whole:
     jsonschema.validate(json.loads(one.message.content), SCHEMA)
+
+
+class Look(pydantic.BaseModel):
+  """Looks for something."""
+
+  what: Literal["it", "there"]
+  sure: bool
+  times: Annotated[int, pydantic.Field(ge=0, le=99)]
+  where: Literal["hi"] | None
+
+
+def test_calls_of_a_random_model_keep_to_strict_tools(client):
+  """The client makes the tool of a class, and reads the arguments as one."""
+  reply = client.chat.completions.parse(
+    model="m",
+    messages=[USER],
+    tools=[openai.pydantic_function_tool(Look)],
+    tool_choice="required",
+    parallel_tool_calls=False,
+    n=3,
+    max_tokens=400,
+    seed=1,
+  )
+  for one in reply.choices:
+    (call,) = one.message.tool_calls
+    assert one.finish_reason == "tool_calls"
+    assert isinstance(call.function.parsed_arguments, Look)
 
 
 @pytest.mark.parametrize(

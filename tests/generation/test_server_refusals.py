@@ -154,7 +154,7 @@ BAD_CHATS = [
     },
     r"tool_choice: 'g' is not one of the tools \['f'\]",
   ),
-  ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+  ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
   ({"response_format": {"type": "yaml"}}, "response_format.type"),
   ({"response_format": {"type": "json_object"}}, "--strict_schemas"),
   (
@@ -183,7 +183,8 @@ BAD_CHATS = [
     "tools: tool 'f'",
   ),
   ({"tools": [tool(parameters=deep(150))]}, "recursion limit"),
-  ({"tools": [tool(strict=True)]}, "strict"),
+  ({"tools": [tool(strict=True)]}, "tools: this server .* --strict_schemas"),
+  ({"tools": [tool(strict=1)]}, "strict"),
   ({"tools": [tool(description="x" * 200_001)]}, "more than 200000"),
   ({"tools": [tool(f"f{n}") for n in range(129)]}, "tools"),
 ]

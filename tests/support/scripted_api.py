@@ -41,11 +41,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(tokenizer, script, http=connection.Connection, **changes):
+def serving(
+  tokenizer, script, http=connection.Connection, grammars=None, **changes
+):
   engine = scripted_engine.ScriptedEngine(script, tokenizer.eos_id)
   runner = runner_lib.Runner(engine, max_requests=8)
   config = app_lib.ServerConfig(model_name="m", max_length=4096, **changes)
-  app = app_lib.make_app(runner, tokenizer, config)
+  app = app_lib.make_app(runner, tokenizer, config, grammars)
   options = dict(api_key="key", max_retries=0)
   with (
     live_server.serving(app, http) as url,

@@ -176,7 +176,9 @@ class _Server:
       format=replies.ChatFormat(self._tokenizer, bool(body.logprobs)),
       stops=body.stops,
       new_chat=lambda: chat_stream.ChatStream(
-        thinking=thinking, with_tools=bool(body.active_tools)
+        thinking=thinking,
+        with_tools=bool(body.active_tools),
+        most_calls=body.most_calls,
       ),
       must_call=bool(body.forced_names),
     )

@@ -50,19 +50,27 @@ class ChatStream:
     num_calls: tool calls that were given out.
   """
 
-  def __init__(self, *, thinking: bool, with_tools: bool):
+  def __init__(
+    self, *, thinking: bool, with_tools: bool, most_calls: int | None = None
+  ):
     """Begins a reply.
 
     Args:
       thinking: whether the prompt ends with the opening of the thinking.
       with_tools: whether a block of tool calls is one; else it is content.
+      most_calls: what follows that many is left out; None: nothing is.
     """
     self.num_calls = 0
-    self._with_tools = with_tools
+    self._with_tools, self._most_calls = with_tools, most_calls
     self._read = self._reasoning if thinking else self._content
     self._text = ""  # not yet given out
     # Inside a call: how far its end was searched for, and for what.
     self._place, self._in_parameter = 0, False
+
+  @property
+  def is_full(self) -> bool:
+    """Whether the reply has as many calls as it may."""
+    return self.num_calls == self._most_calls
 
   def push(self, text: str) -> Delta:
     """Returns what is certain with this text."""
@@ -76,6 +84,8 @@ class ChatStream:
   def finish(self) -> Delta:
     """Returns what was held back; the reply is over."""
     rest, self._text = self._text, ""
+    if self.is_full:
+      return Delta()
     if self._read == self._reasoning:
       return Delta(reasoning=rest)
     if self._read == self._calls:
@@ -138,7 +148,14 @@ class ChatStream:
       self.num_calls += 1
       self._take(end)
       self._place, self._in_parameter = 0, False
+      if self.is_full:
+        self._read = self._nothing
+        break
     return Delta(calls=tuple(found))
+
+  def _nothing(self) -> Delta:
+    self._text = ""
+    return Delta()
 
   def _give_up(self, found: list[Call]) -> Delta:
     if self.num_calls == 0:

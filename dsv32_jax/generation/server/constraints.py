@@ -1,11 +1,12 @@
 """What a chat request demands of the tokens of its reply."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.generation import requests
 from dsv32_jax.generation.server import forced_calls
+from dsv32_jax.generation.server import schema_parts
 from dsv32_jax.generation.server import schemas
 
 Maker = Callable[[], requests.Constraint | None]
@@ -18,6 +19,16 @@ class Grammars(Protocol):
     self, schema: Any, *, thinking: bool
   ) -> Callable[[], requests.Constraint]:
     """Returns a function that makes a constraint for each answer."""
+
+  def calls(
+    self,
+    tools: Sequence[schema_parts.ToolFunction],
+    *,
+    forced: bool,
+    most_calls: int | None,
+    thinking: bool,
+  ) -> Callable[[], requests.Constraint]:
+    """The same for a reply whose calls keep to strict tools."""
 
 
 def maker(
@@ -40,6 +51,8 @@ def maker(
   """
   names, schema = request.forced_names, request.strict_schema
   if schema is None:
+    if any(tool.function.strict for tool in request.active_tools):
+      return _strict_calls(request, grammars, names, thinking)
     if not names:
       return lambda: None
     forced = forced_calls.ForcedCalls(tokenizer, names, thinking=thinking)
@@ -54,3 +67,20 @@ def maker(
       " --strict_schemas"
     )
   return grammars.constraints(schema, thinking=thinking)
+
+
+def _strict_calls(request, grammars, names: Sequence[str], thinking) -> Maker:
+  if request.ignore_eos:
+    raise ValueError("ignore_eos=true: a reply with strict tools has an end")
+  if grammars is None:
+    raise ValueError(
+      "tools: this server holds no call to a strict schema; it would with"
+      " --strict_schemas"
+    )
+  functions = [tool.function for tool in request.active_tools]
+  return grammars.calls(
+    [one for one in functions if not names or one.name in names],
+    forced=bool(names),
+    most_calls=request.most_calls,
+    thinking=thinking,
+  )

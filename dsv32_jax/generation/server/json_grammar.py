@@ -1,10 +1,11 @@
-"""Replies that keep to a JSON schema, token by token, by `llguidance`.
+"""Replies and calls that keep to JSON schemas, by `llguidance`, by token.
 
 The schema is a grammar there; what the grammar allows next is a mask over the
 tokens. Schemas that it cannot keep to are refused, never approximated.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import json
 from typing import Any
 
@@ -12,8 +13,11 @@ import llguidance
 from llguidance import numpy as masks
 import numpy as np
 
+from dsv32_jax.agents import chat_format
 from dsv32_jax.data import tokenizer as tokenizers
+from dsv32_jax.generation.server import call_grammar
 from dsv32_jax.generation.server import forced_calls
+from dsv32_jax.generation.server import schema_parts
 
 # W words of 32 tokens
 
@@ -36,6 +40,17 @@ class JsonGrammars:
     self._forbidden = [
       one for one in tokenizer.special_ids if one != tokenizer.eos_id
     ]
+    # Of calls the mark is a part, as text that has a token.
+    content, mark = json.loads(tokenizer.content), None
+    for token in content["added_tokens"]:
+      if token["content"] == chat_format.DSML:
+        token["special"], mark = False, token["id"]
+    self._known_in_calls = llguidance.LLTokenizer(
+      json.dumps(content),
+      n_vocab=tokenizer.vocab_size,
+      eos_token=tokenizer.eos_id,
+    )
+    self._forbidden_in_calls = [x for x in self._forbidden if x != mark]
 
   def constraints(
     self, schema: Any, *, thinking: bool
@@ -49,33 +64,82 @@ class JsonGrammars:
     Raises:
       ValueError: the schema is none, or has what no grammar can keep to.
     """
-    try:
-      grammar = llguidance.LLMatcher.grammar_from_json_schema(
-        json.dumps(schema), overrides=_OPTIONS
-      )
-    except ValueError as error:
-      raise ValueError(f"response_format: {_line(error)}") from error
-    matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)
-    self._try_out(matcher)
-    mark = self._think_end if thinking else None
-    return lambda: JsonConstraint(
-      matcher.deep_copy(), self._known, self._forbidden, mark
+    matcher = self._of_schema(schema, "response_format")
+    return self._maker(matcher, self._known, self._forbidden, thinking)
+
+  def calls(
+    self,
+    tools: Sequence[schema_parts.ToolFunction],
+    *,
+    forced: bool,
+    most_calls: int | None,
+    thinking: bool,
+  ) -> Callable[[], "JsonConstraint"]:
+    """Returns a function that makes a constraint for each answer.
+
+    Args:
+      tools: that may be called; calls of strict ones keep to their schemas.
+      forced: whether one has to be called.
+      most_calls: 1, or None: any number.
+      thinking: whether the answer begins with thinking, which is free.
+
+    Raises:
+      ValueError: a strict tool's schema is none, or has what no grammar can
+        keep to.
+    """
+    text = call_grammar.lark(
+      tools, forced=forced, most_calls=most_calls, options=_OPTIONS
+    )
+    for tool in tools:
+      for schema in call_grammar.json_schemas(tool) if tool.strict else ():
+        self._of_schema(schema, "tools")
+    matcher = self._matcher(
+      llguidance.LLMatcher.grammar_from_lark,
+      text,
+      self._known_in_calls,
+      "tools",
+    )
+    return self._maker(
+      matcher, self._known_in_calls, self._forbidden_in_calls, thinking
     )
 
-  def _try_out(self, matcher) -> None:
+  def _of_schema(self, schema: Any, where: str) -> llguidance.LLMatcher:
+    """Begins a JSON text.
+
+    Raises:
+      ValueError: telling the field it is from, if it cannot be kept to.
+    """
+    read = functools.partial(
+      llguidance.LLMatcher.grammar_from_json_schema, overrides=_OPTIONS
+    )
+    return self._matcher(read, json.dumps(schema), self._known, where)
+
+  def _matcher(self, read, text: str, known, where: str):
+    try:
+      matcher = llguidance.LLMatcher(known, read(text), log_level=0)
+    except ValueError as error:
+      raise ValueError(f"{where}: {_line(error)}") from error
+    self._try_out(matcher, known, where)
+    return matcher
+
+  def _maker(self, matcher, known, forbidden, thinking):
+    mark = self._think_end if thinking else None
+    return lambda: JsonConstraint(matcher.deep_copy(), known, forbidden, mark)
+
+  def _try_out(self, matcher, known, where: str) -> None:
     """Raises where the grammar fails at its first tokens, not while drawing."""
     tried = matcher.deep_copy()
-    mask_1W = np.zeros((1, -(-self._known.vocab_size // 32)), np.int32)
+    mask_1W = np.zeros((1, -(-known.vocab_size // 32)), np.int32)
     for text in ("", "{", '"'):
       if tried.is_error() or tried.is_stopped():
         break
-      taken = self._known.tokenize_str(text) if text else []
+      taken = known.tokenize_str(text) if text else []
       if taken and tried.validate_tokens(taken) < len(taken):
         break
       tried.consume_tokens(taken)
       masks.fill_next_token_bitmask(tried, mask_1W)
     if tried.is_error():
-      raise ValueError(f"response_format: {_line(tried.get_error())}")
+      raise ValueError(f"{where}: {_line(tried.get_error())}")
 
 
 def _line(told: Any) -> str:

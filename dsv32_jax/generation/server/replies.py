@@ -82,6 +82,8 @@ class Choice:
     if reason is not None:
       text += self._text.finish()
     delta = self._delta(text, ended=reason is not None)
+    if reason is None and self._chat is not None and self._chat.is_full:
+      reason = "stop"
     if reason == "stop" and self._chat is not None and self._chat.num_calls:
       reason = "tool_calls"
     self.finish_reason = reason

@@ -78,12 +78,15 @@ class Message(Strict):
 
 
 class ToolFunction(Strict):
-  """A function that the model may call; see `agents.tools`."""
+  """A function that the model may call; see `agents.tools`.
+
+  Arguments of a strict one keep to its parameters.
+  """
 
   name: str
   description: str = ""
   parameters: dict[str, Any] | None = None
-  strict: Annotated[bool | None, only(False)] = None
+  strict: bool | None = None
 
 
 class Tool(Strict):

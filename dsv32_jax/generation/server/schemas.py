@@ -126,7 +126,7 @@ class ChatRequest(_Sampling):
   tool_choice: (
     Literal["auto", "none", "required"] | schema_parts.ToolChoice | None
   ) = None
-  parallel_tool_calls: Annotated[bool | None, schema_parts.only(True)] = None
+  parallel_tool_calls: bool | None = None
   response_format: schema_parts.ResponseFormat | None = None
   logprobs: bool | None = None
   top_logprobs: int | None = None
@@ -160,6 +160,11 @@ class ChatRequest(_Sampling):
   def active_tools(self) -> list[schema_parts.Tool]:
     """The tools that the model is shown."""
     return [] if self.tool_choice == "none" else self.tools or []
+
+  @property
+  def most_calls(self) -> int | None:
+    """How many tools a reply calls at most; None: any number."""
+    return 1 if self.parallel_tool_calls is False else None
 
   @property
   def strict_schema(self) -> dict[str, Any] | None:

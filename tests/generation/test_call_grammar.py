@@ -1,0 +1,213 @@
+"""Calls held to strict tools, against the parser and another schema check."""
+
+import json
+
+import jsonschema
+import pytest
+
+from dsv32_jax.agents import chat
+from dsv32_jax.agents import chat_format
+from dsv32_jax.data import tokenizer as tokenizers
+from dsv32_jax.generation.server import constraints
+from dsv32_jax.generation.server import json_grammar
+from dsv32_jax.generation.server import schema_parts
+from dsv32_jax.generation.server import schemas
+from tests.support import constrained
+
+EOS = str(chat_format.EOS)
+FREE = {"type": "object", "properties": {"x": {"type": "integer"}}}
+
+
+def parameters(properties, **changes):
+  return {
+    "type": "object",
+    "properties": properties,
+    "required": list(properties),
+    "additionalProperties": False,
+    **changes,
+  }
+
+
+# Whatever is drawn of these ends soon.
+BOUNDED = parameters(
+  {
+    "count": {"type": "integer", "minimum": -9, "maximum": 9},
+    "kind": {"enum": ["it's <b>", 'a "b"\n', "\u00e9\u4e16"]},
+    "mixed": {"enum": ["a", 1, None], "description": "notes change nothing"},
+    "name": {"type": "string", "maxLength": 3},
+    "flag": {"type": ["boolean", "null"]},
+    "item": {"$ref": "#/$defs/item"},
+    "maybe": {"anyOf": [{"$ref": "#/$defs/word"}, {"type": "null"}]},
+    "one": {"const": "only", "type": "string"},
+  },
+  **{
+    "$defs": {
+      "word": {"type": "string", "enum": ["yes", "no"]},
+      "item": parameters({"on": {"type": "boolean"}}),
+    }
+  },
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return tokenizers.train(["hi there, what is it?"] * 5, 300)
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer):
+  return json_grammar.JsonGrammars(tokenizer)
+
+
+def function(schema, name="f", strict=True):
+  return schema_parts.ToolFunction(name=name, parameters=schema, strict=strict)
+
+
+def constraint_of(grammars, *functions, forced=False, most=None):
+  return grammars.calls(
+    functions, forced=forced, most_calls=most, thinking=False
+  )()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_drawn_keeps_to_the_schema(grammars, tokenizer, seed):
+  constraint = constraint_of(grammars, function(BOUNDED), forced=True)
+  drawn = constrained.written(constraint, tokenizer, seed)
+  assert constraint.failure is None
+  text = tokenizer.decode(drawn[:-1]) + EOS
+  message = chat.parse_message_from_completion_text(text, "chat")
+  assert message["content"] == "" and message["tool_calls"]
+  for call in message["tool_calls"]:
+    assert call["function"]["name"] == "f"
+    jsonschema.validate(json.loads(call["function"]["arguments"]), BOUNDED)
+
+
+def reply(*calls, content=""):
+  """The text of a reply, by the format's own rendering."""
+  pieces = chat_format.calls_block(
+    [(name, json.dumps(arguments)) for name, arguments in calls]
+  )
+  return content + "".join(pieces)
+
+
+def keeps(constraint, tokenizer, text):
+  """Whether a text, and then the end, can be drawn: the longest tokens first.
+
+  The tokens need not be those of the tokenizer: what is certain is drawn in
+  those of the grammar's library.
+  """
+  left, drawn = text, []
+  pieces = {x: tokenizer.decode([x]) for x in range(tokenizer.vocab_size)}
+  while left:
+    fitting = [
+      token
+      for token in constrained.ids_of(constraint.allowed(drawn))
+      if pieces.get(token) and left.startswith(pieces[token])
+    ]
+    if not fitting:
+      return False
+    drawn.append(max(fitting, key=lambda token: len(pieces[token])))
+    left = left.removeprefix(pieces[drawn[-1]])
+  return tokenizer.eos_id in constrained.ids_of(constraint.allowed(drawn))
+
+
+WORD = {"type": "string"}
+MARK = str(chat_format.DSML)
+BOTH = {"n": {"type": "integer"}, "s": WORD, "m": {"type": ["string", "null"]}}
+GOOD = {"n": 3, "s": "a </ b\n<c>", "m": None}
+
+
+@pytest.mark.parametrize(
+  "text,is_kept",
+  [
+    ("what is it?", True),
+    (f"a <{MARK} that begins nothing", True),
+    (reply(("f", GOOD)), True),
+    (reply(("f", GOOD), ("f", GOOD | {"m": "x", "s": ""}), content="a"), True),
+    (reply(("g", {"x": "anything"}), ("f", GOOD)), True),
+    (reply(("g", {})), True),
+    (reply(("f", GOOD | {"n": "3"})), False),
+    (reply(("f", GOOD | {"n": 3.5})), False),
+    (reply(("f", GOOD | {"s": None})), False),
+    (reply(("f", GOOD | {"o": 1})), False),
+    (reply(("f", dict(reversed(GOOD.items())))), False),
+    (reply(("f", {"n": 3, "s": ""})), False),
+    (reply(("h", {})), False),
+    (reply(("f", GOOD)) + "and more", False),
+    (reply(("f", GOOD | {"s": f"a/{MARK}parameter>"})), False),
+    (reply(("f", GOOD | {"s": f"a</{MARK}parameters"})), False),
+    (reply(("f", GOOD)).replace("function_calls>", "function_calls", 1), False),
+  ],
+)
+def test_what_is_kept_to(grammars, tokenizer, text, is_kept):
+  constraint = constraint_of(
+    grammars, function(parameters(BOTH)), function(FREE, "g", strict=None)
+  )
+  assert keeps(constraint, tokenizer, text) == is_kept
+
+
+def test_one_call_and_a_forced_one(grammars, tokenizer):
+  one, two = reply(("f", GOOD)), reply(("f", GOOD), ("f", GOOD))
+  single = constraint_of(grammars, function(parameters(BOTH)), most=1)
+  assert not keeps(single, tokenizer, two)
+  for text, is_kept in ((one, True), ("a", False), (f"a{one}", False)):
+    forced = constraint_of(grammars, function(parameters(BOTH)), forced=True)
+    assert keeps(forced, tokenizer, text) == is_kept
+  # Without parameters a line is empty.
+  for schema in (None, parameters({})):
+    empty = constraint_of(grammars, function(schema), forced=True)
+    assert keeps(empty, tokenizer, reply(("f", {})))
+
+
+def test_thinking_comes_before_and_is_free(grammars, tokenizer):
+  new = grammars.calls(
+    [function(parameters(BOTH))], forced=True, most_calls=None, thinking=True
+  )
+  text = f"{MARK} thinks what{chat_format.THINK_END}" + reply(("f", GOOD))
+  assert keeps(new(), tokenizer, text)
+  bad = text.replace('string="false">3', 'string="true">3')
+  assert bad != text and not keeps(new(), tokenizer, bad)
+
+
+@pytest.mark.parametrize(
+  "schema,message",
+  [
+    ({"type": "array"}, "of type object"),
+    (FREE, "additionalProperties has to be false"),
+    (parameters(BOTH, required=["n"]), "required has to name every one"),
+    (parameters(BOTH, anyOf=[{}]), "'anyOf' is not supported"),
+    (parameters({'a"b': WORD}), "cannot name a parameter"),
+    (parameters({"a": {"$ref": "#"}}), "is no definition"),
+    (parameters({"a": {"items": {"$ref": "#/properties/a"}}}), "no definition"),
+    (parameters({"a": {"$ref": "#/$defs/b"}}), "b"),
+    (parameters({"a": False}), "not"),
+    (parameters({"a": {"not": {}}}), "not"),
+    (parameters({"a": {"type": "string", "pattern": "(?=a)b"}}), "look"),
+    (parameters({"a": {"const": "\ud800"}}), "surrogates"),
+    # References that lead nowhere, in a circle.
+    (
+      parameters(
+        {"a": {"$ref": "#/$defs/b"}}, **{"$defs": {"b": {"$ref": "#/$defs/b"}}}
+      ),
+      "",
+    ),
+  ],
+)
+def test_schemas_that_are_not_strict(grammars, schema, message):
+  with pytest.raises(ValueError, match=f"tools: .*{message}") as told:
+    constraint_of(grammars, function(schema))
+  assert "\n" not in str(told.value)
+
+
+def test_a_strict_reply_has_an_end(grammars, tokenizer):
+  tool = {"type": "function", "function": {"name": "f", "strict": True}}
+  request = schemas.ChatRequest.model_validate(
+    {
+      "model": "m",
+      "messages": [{"role": "user", "content": "hi"}],
+      "tools": [tool],
+      "ignore_eos": True,
+    }
+  )
+  with pytest.raises(ValueError, match="ignore_eos=true"):
+    constraints.maker(request, tokenizer, grammars, thinking=False)
