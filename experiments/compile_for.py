@@ -131,8 +131,15 @@ def main(argv):
   for flag in (_OUTPUT, _PROGRAM):
     if flag.value is not None:
       common.require_writable(flag.name, flag.value)
+  if _OUTPUT.value is not None and _OUTPUT.value == _PROGRAM.value:
+    raise ValueError(f"--output and --program are both {_OUTPUT.value}")
   generation, _, shape = _TOPOLOGY.value.partition(":")
   if generation in _GPU_BYTES:
+    if _PROGRAM.value is not None:
+      raise ValueError(
+        f"--program={_PROGRAM.value}: for --topology={_TOPOLOGY.value} nothing"
+        " is compiled"
+      )
     _finish(_count_for_gpus(generation, shape))
     return
   devices = _devices(generation, shape)

@@ -1,22 +1,18 @@
 """The grain pipeline: shuffle, tokenise, pack, mix, batch, resume.
 
-Each source is shuffled anew every epoch, dealt out to the processes, encoded
-and packed into rows of its own; the rows of the sources are then mixed by
-weight, so a weight is a share of the tokens. Every stage is deterministic and
-its state is a few numbers: a pipeline that is restored goes on exactly where
-the saved one stood, whatever the number of reader threads.
-
-Axes: B batch, T sequence; 2 token id, and 1 if it is to be learnt else 0.
+Each source is shuffled anew every epoch, dealt out to streams, encoded and
+packed into rows of its own; the rows of the sources are then mixed by weight,
+so a weight is a share of the tokens. Every stage is deterministic and its state
+is a few numbers: a pipeline that is restored goes on exactly where the saved
+one stood, whatever the number of reader threads.
 """
 
 from collections.abc import Callable
 import dataclasses
-import json
 
 import grain
-import numpy as np
 
-from dsv32_jax.data import batch as batches
+from dsv32_jax.data import batch_iterator
 from dsv32_jax.data import documents
 from dsv32_jax.data import mixture
 from dsv32_jax.data import packing
@@ -25,7 +21,7 @@ from dsv32_jax.data import sources
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.data.bad_records import BadRecords
 
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 _READ_AHEAD = 16
 
 
@@ -37,14 +33,17 @@ class DataConfig:
     sources: the mixture.
     sequence_length: tokens a row.
     batch_size: rows a step, over all processes.
+    streams: shares that the data are dealt out to, each with as many rows of a
+      batch; a run goes on in any number of processes that divides them. None:
+      one a process, or as many as a run that goes on has had.
     packing: "concat" (documents follow one another and are cut at a row's end:
       no padding) or "first_fit" (documents stay whole, one longer than a row
       is a bad record).
     seed: of the shuffle; None keeps the order of the files.
     num_epochs: passes over the data; None never ends. A finite number takes
       one source, and its last batch is filled up with padding.
-    num_workers: threads that read ahead, for slow storage; encoding itself
-      gains nothing from them. The data do not depend on the number.
+    num_workers: threads a stream that read ahead, for slow storage; encoding
+      itself gains nothing from them. The data do not depend on the number.
     max_bad_records: malformed records tolerated, over all sources.
     packing_bins: rows that first-fit fills at a time.
     cache_bytes: memory a source may use for documents already encoded.
@@ -54,6 +53,7 @@ class DataConfig:
   sources: tuple[sources.SourceConfig, ...]
   sequence_length: int
   batch_size: int
+  streams: int | None = None
   packing: str = "concat"
   seed: int | None = 0
   num_epochs: int | None = None
@@ -71,6 +71,13 @@ class DataConfig:
     for name in ("sequence_length", "batch_size", "packing_bins"):
       if getattr(self, name) < 1:
         raise ValueError(f"data.{name}={getattr(self, name)} must be positive")
+    if self.streams is not None and (
+      self.streams < 1 or self.batch_size % self.streams
+    ):
+      raise ValueError(
+        f"data.streams={self.streams} must be positive and divide"
+        f" data.batch_size={self.batch_size}"
+      )
     for name in ("num_workers", "max_bad_records", "cache_bytes"):
       if getattr(self, name) < 0:
         raise ValueError(
@@ -122,160 +129,63 @@ def make_batches(
   *,
   process_index: int = 0,
   process_count: int = 1,
-) -> "BatchIterator":
+) -> batch_iterator.BatchIterator:
   """Opens the sources and returns this process's batches.
 
   Args:
     config: what to read and how.
     tokenizer: encodes the documents.
     process_index: which share of the data this process takes.
-    process_count: number of shares; divides config.batch_size.
+    process_count: number of shares; divides the streams.
 
   Returns:
     An iterator of batches of batch_size / process_count rows. Close it, or
     use it in a with statement.
 
   Raises:
-    ValueError: a source is unusable or has fewer records than processes, or
-      the processes do not divide the batch.
+    ValueError: a source is unusable or has fewer records than streams, the
+      streams do not divide the batch or the processes not the streams.
   """
   if not 0 <= process_index < process_count:
     raise ValueError(f"{process_index=} is not below {process_count=}")
-  if config.batch_size % process_count:
-    raise ValueError(
-      f"data.batch_size={config.batch_size} is not a multiple of"
-      f" {process_count=}"
-    )
   bad_records = BadRecords(config.max_bad_records)
   opened = [sources.open_source(x, bad_records) for x in config.sources]
-  rows = []
-  for number, source in enumerate(opened):
-    share = _share(
-      documents.TokenizedDocuments(
-        source,
-        config.sources[number],
-        tokenizer,
-        bad_records,
-        max_length=config.max_document_length,
-        cache_bytes=config.cache_bytes,
-      ),
-      config,
-      number,
-      process_index,
-      process_count,
+  tokenized = [
+    documents.TokenizedDocuments(
+      source,
+      source_config,
+      tokenizer,
+      bad_records,
+      max_length=config.max_document_length,
+      cache_bytes=config.cache_bytes,
     )
-    rows.append(_PACK[config.packing](share, config))
-  mixed = mixture.MixedRows(rows, [x.weight for x in config.sources])
-  local_batch_size = config.batch_size // process_count
+    for source, source_config in zip(opened, config.sources)
+  ]
+
+  def open_stream(stream: int, num_streams: int) -> grain.IterDataset:
+    rows = [
+      _PACK[config.packing](
+        _share(one, config, number, stream, num_streams), config
+      )
+      for number, one in enumerate(tokenized)
+    ]
+    mixed = mixture.MixedRows(rows, [x.weight for x in config.sources])
+    return mixed.batch(config.batch_size // num_streams, drop_remainder=False)
+
   manifest = {
     "format": _STATE_FORMAT,
-    "process_index": process_index,
-    "process_count": process_count,
     "tokenizer": tokenizer.fingerprint,
     "sources": [source.identity for source in opened],
     "settings": _settings(config),
   }
-  dataset = mixed.batch(local_batch_size, drop_remainder=False)
-  return BatchIterator(dataset, local_batch_size, bad_records, manifest)
-
-
-class BatchIterator:
-  """Batches of one process, with a state that can be saved.
-
-  Attributes:
-    bad_records: what was malformed so far (`len`, `entries()`).
-  """
-
-  def __init__(
-    self,
-    dataset: grain.IterDataset,
-    batch_size: int,
-    bad_records: BadRecords,
-    manifest: dict,
-  ):
-    self.bad_records = bad_records
-    self._iterator = iter(dataset)
-    self._batch_size = batch_size
-    self._manifest = manifest
-    self._num_batches = 0
-
-  def __iter__(self):
-    return self
-
-  def __next__(self) -> batches.Batch:
-    packed = next(self._iterator)
-    self._num_batches += 1
-    missing = self._batch_size - len(packed["row"])
-    row_BT2, segments_BT, positions_BT = (
-      np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-      for x in (
-        packed["row"],
-        packed["segments"],
-        packed["positions"],
-      )
-    )
-    return batches.from_packed(
-      row_BT2[..., 0], row_BT2[..., 1], segments_BT, positions_BT
-    )
-
-  def get_state(self) -> bytes:
-    """Returns the position as JSON, for a checkpoint."""
-    return json.dumps(
-      {
-        "manifest": self._manifest,
-        "num_batches": self._num_batches,
-        "bad_records": self.bad_records.entries(),
-        "position": self._iterator.get_state(),
-      },
-      sort_keys=True,
-    ).encode()
-
-  def set_state(self, state: bytes):
-    """Goes to a saved position; the next batch is the one after it.
-
-    Args:
-      state: of `get_state`.
-
-    Raises:
-      ValueError: the state is garbled, or was saved with other processes,
-        data, tokenizer or settings, with which the same data cannot follow.
-    """
-    try:
-      saved = json.loads(state)
-      manifest = saved["manifest"]
-      position, num_batches = saved["position"], saved["num_batches"]
-      bad_records = saved["bad_records"]
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"data state is garbled: {error!r}") from error
-    for key, ours in self._manifest.items():
-      theirs = manifest.get(key)
-      if theirs != ours:
-        raise ValueError(_difference(key, theirs, ours))
-    self._iterator.set_state(position)
-    self._num_batches = num_batches
-    self.bad_records.restore(bad_records)
-
-  def close(self):
-    """Stops reader threads; the iterator cannot be used afterwards."""
-    self._iterator.close()
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exception):
-    self.close()
-
-
-def _difference(key: str, theirs, ours) -> str:
-  """Says which part of the manifest differs."""
-  if isinstance(theirs, dict) and isinstance(ours, dict):
-    names = sorted(theirs.keys() | ours.keys())
-    changed = [x for x in names if theirs.get(x) != ours.get(x)]
-    key = f"{key}.{changed[0]}"
-    theirs, ours = theirs.get(changed[0]), ours.get(changed[0])
-  return (
-    f"data state was saved with {key}={theirs}, this run has {ours}: it would"
-    " not go on with the same data"
+  return batch_iterator.BatchIterator(
+    open_stream,
+    bad_records,
+    manifest,
+    batch_size=config.batch_size,
+    streams=config.streams,
+    process_index=process_index,
+    process_count=process_count,
   )
 
 
@@ -298,20 +208,20 @@ def _share(
   tokenized: documents.TokenizedDocuments,
   config: DataConfig,
   number: int,
-  process_index: int,
-  process_count: int,
+  stream: int,
+  num_streams: int,
 ) -> grain.IterDataset:
-  """Shuffles a source and deals every process its share, epoch by epoch."""
-  if len(tokenized) < process_count:
+  """Shuffles a source and deals every stream its share, epoch by epoch."""
+  if len(tokenized) < num_streams:
     raise ValueError(
       f"source path={config.sources[number].path!r} has {len(tokenized)}"
-      f" records for {process_count=}"
+      f" records for {num_streams} streams"
     )
   dataset = grain.MapDataset.source(tokenized)
   if config.seed is not None:
     seed = int(records.identity([(config.seed, number)])[:8], 16)
     dataset = dataset.shuffle(seed=seed)
-  dataset = dataset[process_index::process_count]
+  dataset = dataset[stream::num_streams]
   dataset = dataset.repeat(config.num_epochs)
   threads = config.num_workers
   return dataset.to_iter_dataset(

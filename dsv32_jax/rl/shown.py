@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import time
 from typing import Any
 
@@ -70,6 +71,12 @@ class ShownConfig:
       raise ValueError("rl.evaluation must be set: pass@1 is what is compared")
     if self.rl.reward.thinking:
       raise ValueError("rl.reward.thinking: solved problems hold no thinking")
+    for name in (
+      *("solved", "evaluate_every", "patience", "max_steps"),
+      "further_evaluate_every",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be positive")
 
 
 def solved_problems(
@@ -217,6 +224,8 @@ def fine_tune_until_flat(config: ShownConfig, workdir: str):
     os.path.join(workdir, run_lib.TOKENIZER_FILE)
   )
   write_solved(config.rl, config.solved, os.path.join(workdir, SOLVED_FILE))
+  # Of a fine-tuning that was killed before it could say that it was done.
+  shutil.rmtree(start_folder(workdir), ignore_errors=True)
   best, best_model, since = -1.0, None, 0
   with FineTuning(config, workdir) as tuning:
     while since < config.patience and tuning.step < config.max_steps:

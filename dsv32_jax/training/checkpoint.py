@@ -68,14 +68,14 @@ class Restored:
     step: the step of the checkpoint that was read.
     trees: by name, in the structure of the targets.
     notes: as given to `save`.
-    process_notes: this process's own, as given to `save`.
+    process_notes: as given to `save` by every process then, in their order.
     damaged: steps newer than `step` that could not be read, with the reason.
   """
 
   step: int
   trees: dict[str, Any]
   notes: Any
-  process_notes: Any
+  process_notes: list[Any]
   damaged: dict[int, str]
 
 
@@ -237,11 +237,7 @@ class Checkpointer:
     return read[0], read[1]
 
   def restore(
-    self,
-    targets: Mapping[str, Any],
-    step: int | None = None,
-    *,
-    same_processes: bool = True,
+    self, targets: Mapping[str, Any], step: int | None = None
   ) -> Restored:
     """Reads named trees into the shardings of the targets, all bytes checked.
 
@@ -253,8 +249,6 @@ class Checkpointer:
         arrays to be laid out like. Trees of the checkpoint not named here are
         not read. Shapes and types must agree; nothing is cast.
       step: a step, or None for the newest.
-      same_processes: refuse a checkpoint whose notes of each process were saved
-        by another number of them; if False, such notes come back as None.
 
     Raises:
       FileNotFoundError: if there is no such checkpoint.
@@ -263,22 +257,13 @@ class Checkpointer:
     """
 
     def read(found, manifest):
-      process_notes = manifest["process_notes"]
-      if len(process_notes) != jax.process_count():
-        if same_processes and any(process_notes):
-          raise ValueError(
-            f"step {found} in {self.folder} was saved by {len(process_notes)}"
-            f" processes with a data position each, and there are now"
-            f" {jax.process_count()}"
-          )
-        process_notes = [None] * jax.process_count()
       trees = {
         name: reading.read_tree(
           self._manager, found, name, target, manifest["trees"]
         )
         for name, target in targets.items()
       }
-      return trees, manifest["notes"], process_notes[jax.process_index()]
+      return trees, manifest["notes"], manifest["process_notes"]
 
     found, (trees, notes, process_notes) = self._newest_readable(step, read)
     return Restored(

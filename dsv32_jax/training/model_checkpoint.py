@@ -72,8 +72,7 @@ def load_model(
     abstract = fresh.abstract_model(config, dtype=saved_dtype)
     _, state = nnx.split(abstract)
     target = {"model": sharding.placed(state, mesh)}
-    # The model alone does not care where in the data its run stood.
-    found = checkpointer.restore(target, step, same_processes=False)
+    found = checkpointer.restore(target, step)
     state = found.trees["model"]
   dtype = saved_dtype if dtype is None else jnp.dtype(dtype)
   wanted = fresh.abstract_model(

@@ -148,8 +148,15 @@ class Run:
     )
     self._optimizer = optimizer_lib.make_optimizer(config.optimizer)
     self.state = self.graph = self.step = self._measure = None
+    self._read_held_out()
+
+  def _read_held_out(self):
+    """Deals it out to streams as what is trained on, or it would be other."""
+    data = dataclasses.replace(
+      self.config.data, streams=self.batches.num_streams
+    )
     self._held_out = held_out_lib.read_batches(
-      config.held_out, config.data, self.tokenizer
+      self.config.held_out, data, self.tokenizer
     )
 
   def resume(self) -> int:
@@ -234,7 +241,10 @@ class Run:
     self.state = restored_state(
       self.graph, self.state, found.trees, self.config.stage
     )
-    self.batches.set_state(found.process_notes.encode())
+    streams = self.batches.num_streams
+    self.batches.set_state(*(x.encode() for x in found.process_notes))
+    if self.batches.num_streams != streams:
+      self._read_held_out()
     return found.step
 
 

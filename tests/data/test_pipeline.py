@@ -266,7 +266,7 @@ def test_bad_config(change, message, tmp_path):
 
 def test_bad_shares(tokenizer, tmp_path):
   plan = tiny.config(tiny.numbered(tmp_path, count=2), batch_size=6)
-  with pytest.raises(ValueError, match="2 records for process_count=3"):
+  with pytest.raises(ValueError, match="2 records for 3 streams"):
     tiny.read(plan, tokenizer, process_index=0, process_count=3)
   with pytest.raises(ValueError, match=r"batch_size=6 is not a multiple"):
     tiny.read(plan, tokenizer, process_index=0, process_count=4)

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 
+import jax
+import numpy as np
 import pytest
 
 from dsv32_jax.data import files
@@ -44,6 +46,11 @@ def test_resume_of_a_finite_pass(packing, tokenizer, tmp_path):
     num_epochs=1,
     **tiny.PACKINGS[packing],
   )
+  goes_on_at_every_point(plan, tokenizer)
+
+
+def goes_on_at_every_point(plan, tokenizer):
+  """Returns all batches of a finite pass."""
   whole = tiny.read(plan, tokenizer)
   for point in range(len(whole) + 1):
     with pipeline.make_batches(plan, tokenizer) as iterator:
@@ -53,6 +60,7 @@ def test_resume_of_a_finite_pass(packing, tokenizer, tmp_path):
     with pipeline.make_batches(plan, tokenizer) as iterator:
       iterator.set_state(state)
       tiny.assert_equal(list(iterator), whole[point:])
+  return whole
 
 
 def test_threads_change_nothing(tokenizer, tmp_path):
@@ -132,7 +140,9 @@ def test_changed_processes_data_and_tokenizer_are_refused(tokenizer, tmp_path):
   shard = {"process_index": 0, "process_count": 2}
   with (
     pipeline.make_batches(plan, tokenizer, **shard) as iterator,
-    pytest.raises(ValueError, match="process_count=1, this run has 2"),
+    pytest.raises(
+      ValueError, match="1 streams, which process_count=2 cannot share"
+    ),
   ):
     iterator.set_state(state)
   with (
@@ -147,3 +157,84 @@ def test_changed_processes_data_and_tokenizer_are_refused(tokenizer, tmp_path):
     for garbled in (b"", b"[]", b"{}", b'{"manifest": 1}'):
       with pytest.raises(ValueError, match="garbled"):
         iterator.set_state(garbled)
+    with pytest.raises(ValueError, match="garbled"):
+      iterator.set_state()
+    own = iterator.get_state()
+    with pytest.raises(ValueError, match="garbled: 2 of 1 positions"):
+      iterator.set_state(own, own)
+
+
+def together(plan, tokenizer, processes, count, states=None):
+  """Reads global batches as so many processes; also their states behind."""
+  parts, after = [], []
+  for index in range(processes):
+    with pipeline.make_batches(
+      plan, tokenizer, process_index=index, process_count=processes
+    ) as iterator:
+      if states is not None:
+        iterator.set_state(*states)
+      parts.append(list(itertools.islice(iterator, count)))
+      after.append(iterator.get_state())
+  joined = [
+    jax.tree.map(lambda *rows: np.concatenate(rows), *batch)
+    for batch in zip(*parts, strict=True)
+  ]
+  return joined, after
+
+
+@pytest.mark.parametrize("packing", tiny.PACKINGS)
+def test_other_processes_go_on_with_the_same_batches(
+  packing, tokenizer, tmp_path
+):
+  mixed = (
+    dataclasses.replace(tiny.numbered(tmp_path, "a", 11), weight=0.7),
+    dataclasses.replace(tiny.numbered(tmp_path, "b", 17), weight=0.3),
+  )
+  plan = tiny.config(
+    mixed, **{**tiny.PACKINGS[packing], "batch_size": 8, "streams": 4}
+  )
+  whole, _ = together(plan, tokenizer, 1, 15)
+  states, done = None, 0
+  for processes in (2, 1, 4, 1, 2):
+    batches, states = together(plan, tokenizer, processes, 3, states)
+    tiny.assert_equal(batches, whole[done : done + 3])
+    done += 3
+  # With no number given it is that of the processes at the beginning.
+  free = dataclasses.replace(plan, streams=None)
+  whole, _ = together(free, tokenizer, 4, 6)
+  _, states = together(free, tokenizer, 4, 3)
+  batches, states = together(free, tokenizer, 1, 2, states)
+  tiny.assert_equal(batches, whole[3:5])
+  batches, _ = together(free, tokenizer, 2, 1, states)
+  tiny.assert_equal(batches, whole[5:])
+
+
+def test_streams_that_cannot_be_shared_are_refused(tokenizer, tmp_path):
+  plan = tiny.config(tiny.numbered(tmp_path), batch_size=6, streams=2)
+  _, states = together(plan, tokenizer, 1, 1)
+  with pytest.raises(ValueError, match=r"data\.streams=2 is not a multiple"):
+    together(plan, tokenizer, 3, 1)
+  for streams, processes, message in (
+    (3, 1, "saved with streams=2, this run has 3"),
+    (None, 3, "2 streams, which process_count=3 cannot share"),
+  ):
+    other = dataclasses.replace(plan, streams=streams)
+    with pytest.raises(ValueError, match=message):
+      together(other, tokenizer, processes, 1, states)
+  for streams in (0, 4):
+    with pytest.raises(ValueError, match=rf"data\.streams={streams} must be"):
+      dataclasses.replace(plan, streams=streams)
+
+
+def test_a_finite_pass_in_streams_gives_every_document_once(
+  tokenizer, tmp_path
+):
+  plan = tiny.config(
+    tiny.numbered(tmp_path),
+    num_epochs=1,
+    **{**tiny.PACKINGS["first_fit"], "batch_size": 4},
+  )
+  want = sorted(tiny.segments(tiny.read(plan, tokenizer)))
+  dealt = dataclasses.replace(plan, streams=4)
+  whole = goes_on_at_every_point(dealt, tokenizer)
+  assert sorted(tiny.segments(whole)) == want

@@ -124,6 +124,11 @@ def test_gpus_are_counted_by_hand(tmp_path):
   assert_one_line(
     compile_for("--topology=h200:8", *arguments), "the mesh is of 256 devices"
   )
+  program = compile_for(
+    "--topology=h200:256", *arguments, f"--program={tmp_path / 'program'}"
+  )
+  assert_one_line(program, "--topology=h200:256 nothing is compiled")
+  assert not (tmp_path / "program").exists()
   # Half of the nodes do not hold it.
   finished = compile_for(
     "--topology=h200:128", *arguments, "--config.mesh.fsdp=1"
@@ -202,6 +207,7 @@ def test_a_wrong_topology_is_one_line(topology, told):
     (["--output={folder}"], "Is a directory"),
     (["--output={folder}/missing/report.json"], "No such file"),
     (["--output="], "--output is empty"),
+    (["--output={folder}/a", "--program={folder}/a"], "are both"),
     (["--config.stage.kernels=tpu"], "kernels='tpu' cannot be compiled for"),
   ],
 )

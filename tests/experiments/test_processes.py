@@ -1,17 +1,24 @@
 """Two real processes train one model: stopped, resumed, one of them killed."""
 
+import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+from flax import nnx
+import numpy as np
 import pytest
 
 from dsv32_jax.training import checkpoint
 from dsv32_jax.training import metrics
+from dsv32_jax.training import model_checkpoint
+from tests.support import stage_steps
+from tests.support import tolerances
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HEARTBEAT = 10
@@ -23,6 +30,15 @@ SMALL = (
   "--config.data.tokenizer.sample_bytes=100000",
   "--config.data.sequence_length=64",
   "--config.data.batch_size=4",
+)
+RTOL, _ = tolerances.TOLERANCE["float32"]
+STEPS, EVERY = 40, 10
+# All checkpoints stay, for runs that begin at an old one.
+WHOLE = (
+  f"--config.steps={STEPS}",
+  f"--config.checkpoint.every_steps={EVERY}",
+  "--config.checkpoint.max_to_keep=100",
+  "--config.held_out.batches=1",
 )
 
 
@@ -69,13 +85,21 @@ def finish(*running, seconds=200):
     assert process.returncode == 0, errors
 
 
-def wait_for_steps(workdir, count, processes):
-  path, deadline = workdir / "metrics.jsonl", time.monotonic() + 200
-  while not path.exists() or path.read_bytes().count(b"\n") < count:
+def wait_until(is_reached, processes, seconds=400):
+  deadline = time.monotonic() + seconds
+  while not is_reached():
     for process in processes:
       assert process.poll() is None, process.stderr.read()
     assert time.monotonic() < deadline
     time.sleep(0.05)
+
+
+def wait_for_steps(workdir, count, processes):
+  path = workdir / "metrics.jsonl"
+  wait_until(
+    lambda: path.exists() and path.read_bytes().count(b"\n") >= count,
+    processes,
+  )
 
 
 @pytest.fixture
@@ -119,6 +143,97 @@ def test_two_processes_stop_go_on_and_die_together(
   assert time.monotonic() - killed < HEARTBEAT + 20
   after = metrics.read_rows(two / "metrics.jsonl")
   assert after[: len(rows)] == rows
+
+
+def manifest(workdir, step):
+  path = workdir / "checkpoints" / str(step) / "manifest" / "metadata"
+  return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """Folder of a run of two processes that nothing interrupted."""
+  folder = tmp_path_factory.mktemp("processes") / "whole"
+  both = start_two(folder, *WHOLE)
+  try:
+    finish(*both, seconds=400)
+  finally:
+    for process in both:
+      process.kill()
+      with process:
+        pass
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_run_whose_peers_are_killed_ends_as_if_none_was(
+  whole, tmp_path, no_process_is_left
+):
+  """First the second process is killed, later the one that coordinates."""
+  folder, reached = tmp_path / "killed", 0
+  for victim, step in ((1, EVERY), (0, 2 * EVERY)):
+    both = start_two(folder, *WHOLE)
+    no_process_is_left.extend(both)
+    # Orbax renames what is whole to the number of its step.
+    wait_until((folder / "checkpoints" / str(step)).exists, both)
+    # A row each time for what is held out; then one that is done once more.
+    wait_for_steps(folder, step + step // EVERY + 1, both)
+    both[victim].kill()
+    _, errors = both[1 - victim].communicate(timeout=HEARTBEAT + 30)
+    assert both[1 - victim].returncode != 0
+    assert "heartbeat" in errors or "coordination" in errors.lower()
+    with checkpoint.Checkpointer(folder / "checkpoints", read_only=True) as now:
+      assert reached < now.latest_step() < STEPS
+      reached = now.latest_step()
+  both = start_two(folder, *WHOLE)
+  no_process_is_left.extend(both)
+  finish(*both, seconds=400)
+  names = [x["name"] for x in metrics.read_rows(whole / "metrics.jsonl")]
+  assert (names.count("train"), names.count("held_out")) == (40, 4)
+  got, want = (x / "metrics.jsonl" for x in (folder, whole))
+  assert got.read_bytes() == want.read_bytes()
+  # Checksums of all arrays, moments and counters too, and the data positions.
+  got, want = manifest(folder, STEPS), manifest(whole, STEPS)
+  assert got["trees"] == want["trees"]
+  assert len(got["process_notes"]) == 2
+  assert got["process_notes"] == want["process_notes"]
+  parameters, expected = (
+    stage_steps.flat(nnx.state(model_checkpoint.load_model(x / "checkpoints")))
+    for x in (folder, whole)
+  )
+  assert parameters.keys() == expected.keys()
+  for path, value in parameters.items():
+    np.testing.assert_array_equal(value, expected[path], err_msg=str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_run_of_two_processes_goes_on_in_one_and_then_in_two(
+  whole, tmp_path, no_process_is_left
+):
+  folder = tmp_path / "other"
+  shutil.copytree(whole, folder)
+  for step in range(2 * EVERY, STEPS + 1, EVERY):
+    shutil.rmtree(folder / "checkpoints" / str(step))
+  flags = [flag for flag in WHOLE if flag != f"--config.steps={STEPS}"]
+  alone = start(folder, *flags, f"--config.steps={3 * EVERY}")
+  no_process_is_left.append(alone)
+  finish(alone, seconds=400)
+  assert len(manifest(folder, 3 * EVERY)["process_notes"]) == 1
+  both = start_two(folder, *flags, f"--config.steps={STEPS}")
+  no_process_is_left.extend(both)
+  finish(*both, seconds=400)
+  # The same data: the position at the end is that of the whole run.
+  got, want = manifest(folder, STEPS), manifest(whole, STEPS)
+  assert got["process_notes"] == want["process_notes"]
+  rows, expected = (
+    metrics.read_rows(x / "metrics.jsonl") for x in (folder, whole)
+  )
+  for row, other in zip(rows, expected, strict=True):
+    for name in ("step", "name", "tokens"):
+      assert row.get(name) == other.get(name)
+    np.testing.assert_allclose(row["loss"], other["loss"], rtol=RTOL)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from dsv32_jax.rl import once
 from dsv32_jax.rl import run_config
 from dsv32_jax.rl import sampling
 from dsv32_jax.rl import shown
+from dsv32_jax.training import model_checkpoint
 from dsv32_jax.verifiers import tasks
 from tests.support import models
 
@@ -115,6 +116,60 @@ def test_a_result_is_computed_once(tmp_path):
   path = str(tmp_path / "result.json")
   assert once.once(path, compute) == once.once(path, compute)
   assert len(calls) == 1
+
+
+def test_a_fine_tuning_that_was_killed_at_its_end_begins_anew(
+  tmp_path, monkeypatch
+):
+  """Its best model was saved, and that it was done was not."""
+  values = iter((0.25, 0.5, 0.125))
+
+  class Tuning:
+    """A stand-in whose evaluations are known, each of another model."""
+
+    step, curve = 0, ()
+
+    def __init__(self, config, workdir):
+      del config, workdir
+
+    def train(self, steps):
+      self.step += steps
+
+    def evaluate(self):
+      return next(values)
+
+    def model(self):
+      return models.tiny_model(
+        num_layers=2, num_dense_layers=1, num_mtp_layers=0, seed=self.step
+      )
+
+    def __enter__(self):
+      return self
+
+    def __exit__(self, *exception):
+      pass
+
+  monkeypatch.setattr(shown, "FineTuning", Tuning)
+  config = dataclasses.replace(
+    SHOWN, solved=4, evaluate_every=3, patience=1, max_steps=6
+  )
+  starts = []
+  for _ in range(2):
+    shown.fine_tune_until_flat(config, str(tmp_path))
+    loaded = model_checkpoint.load_model(shown.start_folder(str(tmp_path)))
+    starts.append(np.asarray(loaded.head.kernel[...]))
+    config = dataclasses.replace(config, max_steps=3)
+  # First the second of two, then the only one.
+  for found, step in zip(starts, (6, 3), strict=True):
+    tuning = Tuning(config, None)
+    tuning.step = step
+    np.testing.assert_array_equal(found, tuning.model().head.kernel[...])
+
+
+@pytest.mark.parametrize("name", ["solved", "patience", "max_steps"])
+def test_a_fine_tuning_of_nothing_is_refused(name):
+  with pytest.raises(ValueError, match=f"{name}=0 must be positive"):
+    dataclasses.replace(SHOWN, **{name: 0})
 
 
 def test_a_rounded_hand_over_changes_matrices_only():

@@ -121,7 +121,7 @@ def test_round_trip_is_bitwise(tmp_path):
     restored = reader.restore(abstract(want))
     assert_same_bits(restored.trees, want)
     assert restored.notes == notes
-    assert restored.process_notes == {"position": 12}
+    assert restored.process_notes == [{"position": 12}]
     assert (restored.step, restored.damaged) == (7, {})
     # One tree alone, laid out like given arrays.
     alone = reader.restore({"params": want["params"]}, step=7)
