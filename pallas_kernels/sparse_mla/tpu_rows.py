@@ -64,7 +64,7 @@ class Chip:
 
 
 def this_chip():
-  """Returns the `Chip` kernels are for, v5p or 7x if it is no TPU."""
+  """Returns the `Chip` kernels are for, v5p's if it is no TPU."""
   return chip_of(target.device_kind())
 
 
@@ -72,13 +72,15 @@ def chip_of(kind):
   """Returns the `Chip` of a `jax.Device.device_kind`, as `this_chip` does."""
   kind = kind.lower()
   # Vector memory is 128 MiB on v5e and v6e, and 64 MiB on v5p and 7x.
-  if "lite" in kind:
+  if any(name in kind for name in ("lite", "v5e", "v6e")):
     return Chip(
       forward_keys=65536,
       backward_keys=24576,
       pairs="v6" in kind,
       additions=8,
     )
+  if "7" in kind:
+    return Chip(pairs=True, additions=8)
   return Chip()
 
 

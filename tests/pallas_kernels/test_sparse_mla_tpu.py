@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import implementations
+from pallas_kernels import roofline
 from pallas_kernels.sparse_mla import ref
 from pallas_kernels.sparse_mla import sparse_mla
 from pallas_kernels.sparse_mla import tpu
@@ -170,6 +171,16 @@ def test_all_gathers_copy_the_listed_rows(pairs):
       list_1N, table
     )
     np.testing.assert_array_equal(got, table[place_NW.reshape(-1)])
+
+
+@pytest.mark.parametrize("generation", list(roofline.MXU))
+def test_every_name_of_a_generation_is_one_chip(generation):
+  kinds = roofline.device(generation).kinds
+  chips = {rows.chip_of(kind) for kind in kinds}
+  assert len(chips) == 1
+  # Half the vector memory holds half the keys.
+  small = chips == {rows.chip_of("TPU v5p")} or generation == "7x"
+  assert (chips.pop().forward_keys == 32768) == small
 
 
 def test_other_dtypes_are_refused():
