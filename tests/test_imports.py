@@ -44,6 +44,7 @@ MAY_IMPORT = {
   "dsv32_jax.distillation": (
     "dsv32_jax.generation",
     "dsv32_jax.agents",
+    "dsv32_jax.rl",
     "dsv32_jax.verifiers",
   ),
   "dsv32_jax.evals": (

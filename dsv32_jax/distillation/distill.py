@@ -14,6 +14,7 @@ from dsv32_jax.agents import cold_start
 from dsv32_jax.agents import tables
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.distillation import config as config_lib
+from dsv32_jax.distillation import episodes
 from dsv32_jax.distillation import mix
 from dsv32_jax.distillation import sampling
 from dsv32_jax.generation import engine as engines
@@ -23,7 +24,13 @@ from dsv32_jax.verifiers import reward
 SFT_FILE = "sft.jsonl"
 # They decide about samples that are there already, not about their drawing.
 MAY_CHANGE = frozenset(
-  {"most_of_a_problem", "examples", "scoring_workers", "scoring_seconds"}
+  {
+    "most_of_a_problem",
+    "examples",
+    "everything",
+    "scoring_workers",
+    "scoring_seconds",
+  }
 )
 
 
@@ -46,8 +53,9 @@ def distill(
     and mixed.
 
   Raises:
-    ValueError: naming a specialist of whose answers none was accepted; what
-      was drawn and why it was rejected is in the folder.
+    ValueError: naming a specialist of whose answers none was accepted, or with
+      `everything` none of any; what was drawn and why it was rejected is in the
+      folder.
   """
   tokenizer = tokenizers.load(config.tokenizer)
   samples = []
@@ -76,16 +84,25 @@ def _samples(
   if not path.exists():
     model = load(specialist.checkpoint)
     engine = engines.Engine(model, config.engine, eos_id=tokenizer.eos_id)
-    with reward.Rewarder(
-      reward.RewardConfig(thinking=specialist.thinking),
-      num_workers=config.scoring_workers,
-      timeout_seconds=config.scoring_seconds,
-    ) as rewarder:
-      drawn = sampling.sample(
-        specialist, config, tokenizer, engine.generate, rewarder
+    if specialist.episodes is not None:
+      drawn = episodes.sample(
+        specialist, config, tokenizer, engine, model.config.vocab_size
       )
+    else:
+      drawn = _answers(specialist, config, tokenizer, engine)
     tables.write_jsonl(path, map(dataclasses.asdict, drawn))
   return [sampling.Sample(**row) for row in tables.read_jsonl(path)]
+
+
+def _answers(specialist, config, tokenizer, engine) -> list[sampling.Sample]:
+  with reward.Rewarder(
+    reward.RewardConfig(thinking=specialist.thinking),
+    num_workers=config.scoring_workers,
+    timeout_seconds=config.scoring_seconds,
+  ) as rewarder:
+    return sampling.sample(
+      specialist, config, tokenizer, engine.generate, rewarder
+    )
 
 
 def _row(one: sampling.Sample) -> dict:

@@ -19,7 +19,7 @@ def choose(
   kept, left_out, counts, seen = set(), [], {}, set()
   for one in sorted(samples, key=lambda one: (one.num_tokens, one.id)):
     key = (one.specialist, one.task, one.problem)
-    answer = (*key, str(one.messages[-1]))
+    answer = (*key, str(one.messages))
     reason = one.reason
     if not reason and answer in seen:
       reason = "it is there already"
@@ -46,8 +46,14 @@ def mix(
     config: weights, number of examples, seed.
 
   Raises:
-    ValueError: naming a specialist of whose answers none was accepted.
+    ValueError: naming a specialist of whose answers none was accepted, or with
+      config.everything none of any.
   """
+  generator = random.Random(config.seed)
+  if config.everything:
+    if not chosen:
+      raise ValueError("no answer of any specialist was accepted")
+    return generator.sample(chosen, len(chosen))
   parts = {
     one.name: [s for s in chosen if s.specialist == one.name]
     for one in config.specialists
@@ -59,7 +65,6 @@ def mix(
   wanted = math.inf if config.examples is None else config.examples
   for one in config.specialists:
     wanted = min(wanted, len(parts[one.name]) * total / one.weight)
-  generator = random.Random(config.seed)
   mixed = []
   for one in config.specialists:
     count = max(1, round(wanted * one.weight / total))

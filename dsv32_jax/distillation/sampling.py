@@ -21,7 +21,7 @@ Generate = Callable[[Sequence[requests.Request]], Sequence[requests.Completion]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-  """One answer.
+  """One answer, or one episode.
 
   Attributes:
     id: of specialist, task, problem and answer.
@@ -29,10 +29,10 @@ class Sample:
     task: name of the problem's task.
     problem: what makes the problem; answers to the same one share it.
     thinking: whether it was to think first.
-    num_tokens: of the answer.
+    num_tokens: of the answer; of an episode, those that it wrote.
     reason: why it is no example; empty if it is one.
     messages: question and answer, in the form of the OpenAI API; the question
-      alone where the answer has not the chat format.
+      alone where the answer has not the chat format. Of an episode, all.
   """
 
   id: str
@@ -98,7 +98,7 @@ def sample(
       requests.Request(
         prompt_ids=prompts[problem.question],
         sampling=config.parameters(
-          seed=_seed(config.seed, specialist.name, number, answer)
+          seed=seed_of(config.seed, specialist.name, number, answer)
         ),
       )
       for problem, number, answer in asked
@@ -170,8 +170,8 @@ def _text(tokenizer, token_ids) -> str:
   return tokenizer.decode(kept)
 
 
-def _seed(seed: int, name: str, *numbers: int) -> int:
-  """A seed of 63 bits that follows from all of them."""
+def seed_of(seed: int, name: str, *numbers: int) -> int:
+  """A seed of 63 bits that follows from all of them; `name` of a specialist."""
   words = (seed, zlib.crc32(name.encode()), *numbers)
   (word,) = np.random.SeedSequence(words).generate_state(1, np.uint64)
   return int(word >> np.uint64(1))

@@ -112,14 +112,8 @@ class Programs:
       select=selection.TopK(model.config.index_top_k),
       index_quantized=config.eight_bit_index,
     )
-    run = functools.partial(_run, self._graph, options)
-    # The old pages are given up, so that tokens are written in place.
-    self._run = jax.jit(
-      run,
-      donate_argnums=1,
-      out_shardings=results,
-      static_argnames="is_chunk",
-    )
+    leaves, structure = jax.tree.flatten(results)
+    self._run = _compiled(self._graph, options, tuple(leaves), structure)
 
   def _split(self, model):
     """Unstacks the layers and lays each out as the rules of the mesh say."""
@@ -178,6 +172,19 @@ class Programs:
       none = sampler.biases([{}] * rows, self.most_adjusted)
       self._no_bias[rows] = jax.device_put(none, self._beside)
     return self._no_bias[rows]
+
+
+# Engines of one shape, made one after another, share what is compiled.
+@functools.lru_cache(maxsize=8)
+def _compiled(graph, options, result_leaves, result_structure):
+  """The jitted step of a model's graph, with the layout of its results."""
+  return jax.jit(
+    functools.partial(_run, graph, options),
+    # The old pages are given up, so that tokens are written in place.
+    donate_argnums=1,
+    out_shardings=jax.tree.unflatten(result_structure, result_leaves),
+    static_argnames="is_chunk",
+  )
 
 
 def _run(graph, options, state, pages, call, *, is_chunk):

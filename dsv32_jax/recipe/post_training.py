@@ -1,14 +1,18 @@
 """The paper's post-training in small (section 3): from solved problems to one
 model that has learned from specialists.
 
-A start is fine-tuned on few solved problems of every domain. From it GRPO makes
-a specialist of each domain; their verified answers are distilled into one data
-set, the start is fine-tuned on it, and one mixed GRPO stage over all domains
-ends it. Every model is evaluated in every domain on the same held-out problems.
+A start is fine-tuned on few solved problems of every domain, with thinking and
+without. From it GRPO makes a specialist of each domain and mode; what they get
+verified is distilled into one data set, the start is fine-tuned on it, and one
+mixed GRPO stage over reasoning, agent and alignment data ends it. In its place,
+or beside it from the same model, these groups may be stages one after the
+other, which shows what mixing is for: what a stage forgets of the others.
+Every model is evaluated in every domain and mode on the same held-out problems.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -21,60 +25,18 @@ from dsv32_jax.data import sources
 from dsv32_jax.data import tokenizer as tokenizer_lib
 from dsv32_jax.distillation import config as distill_config
 from dsv32_jax.distillation import distill
+from dsv32_jax.recipe import post_training_config as config_lib
+from dsv32_jax.recipe import solved
 from dsv32_jax.rl import loop as rl_loop
 from dsv32_jax.rl import once
 from dsv32_jax.rl import policy as policy_lib
-from dsv32_jax.rl import run_config
-from dsv32_jax.rl import sampling
 from dsv32_jax.rl import shown
 from dsv32_jax.training import loop
 from dsv32_jax.training import model_checkpoint
-from dsv32_jax.training import optimizer as optimizer_lib
 from dsv32_jax.training import run as run_lib
 from dsv32_jax.verifiers import reward as reward_lib
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PostTrainingConfig:
-  """The whole of it; tokenizer and starts of `rl` are its own to set.
-
-  Attributes:
-    rl: GRPO of a specialist; its tasks are the domains, each one's name that of
-      its kind.
-    mixed_rollouts: of the mixed stage.
-    sft_optimizer: of both fine-tunings.
-    solved: problems of each task in the start's fine-tuning.
-    start_steps: of it.
-    distilled_steps: of the fine-tuning on specialists' answers.
-    sequence_length: tokens a row of both.
-    batch_size: rows a step of both.
-    asked: problems that each specialist is asked.
-    answers: to each.
-  """
-
-  rl: run_config.RlConfig
-  mixed_rollouts: int
-  sft_optimizer: optimizer_lib.OptimizerConfig
-  solved: int
-  start_steps: int
-  distilled_steps: int
-  sequence_length: int
-  batch_size: int
-  asked: int
-  answers: int
-
-  def __post_init__(self):
-    if self.rl.evaluation is None:
-      raise ValueError("rl.evaluation must be set: pass@1 is what is reported")
-    kinds = [task.kind for task in self.rl.tasks]
-    if len(set(kinds)) < len(kinds):
-      raise ValueError(f"rl.tasks={kinds} must differ: each is a domain")
-    if self.rl.reward.thinking:
-      raise ValueError("rl.reward.thinking: solved problems hold no thinking")
-
-  @property
-  def domains(self) -> tuple[str, ...]:
-    return tuple(task.kind for task in self.rl.tasks)
+PostTrainingConfig = config_lib.PostTrainingConfig
 
 
 def run(config: PostTrainingConfig, workdir: str, tell=print) -> dict:
@@ -86,8 +48,9 @@ def run(config: PostTrainingConfig, workdir: str, tell=print) -> dict:
     tell: is told what begins.
 
   Returns:
-    `pass_at_1` by model and domain, `distilled` counts by specialist, and
-    `seconds` by part.
+    `pass_at_1` by model and domain in its mode, `distilled` counts by
+    specialist, `orders` with the models of each order of RL, the distilled one
+    first, and `seconds` by part.
 
   Raises:
     ValueError: if the folder holds another config, or a specialist solved
@@ -96,7 +59,7 @@ def run(config: PostTrainingConfig, workdir: str, tell=print) -> dict:
   """
   os.makedirs(workdir, exist_ok=True)
   loop.claim_folder(config, workdir, frozenset())
-  found, seconds, distilled = {}, {}, {}
+  found, seconds = {}, {}
 
   def part(name, compute):
     tell(f"{name}:")
@@ -110,33 +73,71 @@ def run(config: PostTrainingConfig, workdir: str, tell=print) -> dict:
     seconds[name] = done["seconds"]
     return done["result"]
 
-  found["start"] = part("start", lambda: _start(config, workdir))
-  for task in config.rl.tasks:
-    found[task.kind] = part(
-      task.kind,
-      lambda task=task: _reinforce(
-        config, workdir, task.kind, "start", (task,), config.rl.rollouts
-      ),
+  def reinforced(name, start, rl):
+    found[name] = part(
+      name, lambda: _reinforce(config, workdir, name, start, rl)
     )
+
+  found["start"] = part("start", lambda: _start(config, workdir))
+  for one in config.specialists:
+    reinforced(one.name, "start", config.specialist_rl(one))
   distilled = part("distillation", lambda: _distill(config, workdir))
-  found["distilled"] = part(
-    "distilled", lambda: _fine_tune_on_answers(config, workdir)
-  )
-  found["mixed"] = part(
-    "mixed",
-    lambda: _reinforce(
-      config,
-      workdir,
-      "mixed",
-      "distilled",
-      config.rl.tasks,
-      config.mixed_rollouts,
-    ),
-  )
-  report = {"pass_at_1": found, "distilled": distilled, "seconds": seconds}
+  found["distilled"] = part("distilled", lambda: _distilled(config, workdir))
+  orders = _orders(config)
+  for stages in orders.values():
+    start = "distilled"
+    for name, parts, rollouts in stages:
+      reinforced(name, start, config.stage_rl(parts, rollouts))
+      start = name
+  report = {
+    "pass_at_1": found,
+    "distilled": distilled,
+    "orders": {
+      order: ["distilled", *(name for name, *_ in stages)]
+      for order, stages in orders.items()
+    },
+    "seconds": seconds,
+  }
   path = pathlib.Path(workdir, "report.json")
   path.write_text(json.dumps(report, indent=2) + "\n")
   return report
+
+
+def forgotten(report: dict, order: str) -> dict[str, float]:
+  """What an order of RL forgot of each domain in its mode.
+
+  Args:
+    report: of `run`.
+    order: one of its `orders`.
+
+  Returns:
+    By domain and mode how far pass@1 in the end is below its best before, after
+    distillation or any stage of that order; 0 where it is not.
+  """
+  models = [report["pass_at_1"][name] for name in report["orders"][order]]
+  return {
+    name: max(0.0, max(model[name] for model in models) - models[-1][name])
+    for name in models[0]
+    if name != "all"
+  }
+
+
+def _orders(config) -> dict[str, list[tuple]]:
+  """Stages of each order: name, domains in their modes, rollouts."""
+  found = {}
+  if config.rl_order in ("mixed", "both"):
+    found["mixed"] = [("mixed", config.specialists, config.mixed_rollouts)]
+  if config.rl_order in ("sequential", "both"):
+    each, more = divmod(config.mixed_rollouts, len(config.groups))
+    found["sequential"] = [
+      (
+        f"sequential_{place + 1}_{group}",
+        config.of_group(group),
+        each + (place < more),
+      )
+      for place, group in enumerate(config.groups)
+    ]
+  return found
 
 
 def _folder(workdir, name):
@@ -148,54 +149,37 @@ def _tokenizer_path(workdir):
 
 
 def _start(config, workdir):
-  policy_lib.make_tokenizer(config.rl).save(_tokenizer_path(workdir))
-  solved = os.path.join(workdir, "solved.jsonl")
-  shown.write_solved(config.rl, config.solved, solved)
-  source = sources.SourceConfig(
-    kind="jsonl",
-    path=solved,
-    prompt_field="prompt",
-    response_field="response",
-  )
-  _fine_tune(config, workdir, "start", source, config.start_steps, None)
+  everything = config.stage_rl(config.specialists, 1)
+  policy_lib.make_tokenizer(everything).save(_tokenizer_path(workdir))
+  path = pathlib.Path(workdir, shown.SOLVED_FILE)
+  solved.write(config, path)
+  _fine_tune(config, workdir, "start", path, config.start_steps, None)
   return evaluate(config, workdir, "start")
 
 
-def _fine_tune_on_answers(config, workdir):
-  source = sources.SourceConfig(
-    kind="jsonl",
-    path=os.path.join(workdir, "distillation", distill.SFT_FILE),
-    pieces_field="pieces",
-  )
-  _fine_tune(
-    config,
-    workdir,
-    "distilled",
-    source,
-    config.distilled_steps,
-    _folder(workdir, "start"),
-  )
+def _distilled(config, workdir):
+  path = pathlib.Path(workdir, "distillation", distill.SFT_FILE)
+  start, steps = _folder(workdir, "start"), config.distilled_steps
+  _fine_tune(config, workdir, "distilled", path, steps, start)
   return evaluate(config, workdir, "distilled")
 
 
-def _fine_tune(config, workdir, name, source, steps, init_from):
+def _fine_tune(config, workdir, name, path, steps, init_from):
+  source = sources.SourceConfig(
+    kind="jsonl", path=str(path), pieces_field="pieces"
+  )
   train = shown.sft_config(
     config, source, workdir, steps=steps, init_from=init_from
   )
   loop.train(train, os.path.join(workdir, name), title=name, root=workdir)
 
 
-def _reinforce(config, workdir, name, start, tasks, rollouts):
-  """GRPO on tasks from another part's model; evaluated in all domains."""
-  tokenizer = dataclasses.replace(
-    config.rl.tokenizer, path=_tokenizer_path(workdir)
-  )
+def _reinforce(config, workdir, name, start, rl):
+  """GRPO from another part's model; evaluated in all domains."""
   rl = dataclasses.replace(
-    config.rl,
-    tasks=tasks,
-    rollouts=rollouts,
+    rl,
     init_from=_folder(workdir, start),
-    tokenizer=tokenizer,
+    tokenizer=dataclasses.replace(rl.tokenizer, path=_tokenizer_path(workdir)),
     # All domains are evaluated at its end.
     evaluation=None,
   )
@@ -208,17 +192,20 @@ def _distill(config, workdir):
   settings = distill_config.DistillConfig(
     specialists=tuple(
       distill_config.SpecialistConfig(
-        name=task.kind,
-        checkpoint=_folder(workdir, task.kind),
-        tasks=(task,),
+        name=one.name,
+        checkpoint=_folder(workdir, one.name),
+        tasks=one.tasks,
+        episodes=config.specialist_rl(one).episodes,
+        thinking=one.thinking,
         problems=config.asked,
       )
-      for task in rl.tasks
+      for one in config.specialists
     ),
     tokenizer=_tokenizer_path(workdir),
     engine=rl.sampler.engine,
     max_tokens=rl.sampler.max_tokens,
     answers=config.answers,
+    everything=True,
     temperature=rl.learner.temperature,
     scoring_workers=rl.scoring_workers,
     scoring_seconds=rl.scoring_seconds,
@@ -227,14 +214,20 @@ def _distill(config, workdir):
   )
   folder = pathlib.Path(workdir, "distillation")
   folder.mkdir(exist_ok=True)
-  return distill.distill(settings, folder, model_checkpoint.load_model)
+  load = functools.partial(
+    model_checkpoint.load_model, mesh=sharding.make_mesh(rl.mesh)
+  )
+  return distill.distill(settings, folder, load)
 
 
 def evaluate(
   config: PostTrainingConfig, workdir: str, name: str
 ) -> dict[str, float]:
-  """Held-out pass@1 of a part's model by domain, and of all as "all"."""
-  rl = config.rl
+  """Held-out pass@1 of a part's model by domain and mode, and of all as "all".
+
+  A domain's mean is over as many problems in each of its modes.
+  """
+  rl = config.stage_rl(config.specialists, 1)
   mesh = sharding.make_mesh(rl.mesh)
   model = model_checkpoint.load_model(_folder(workdir, name), mesh=mesh)
   tokenizer = tokenizer_lib.load(_tokenizer_path(workdir))
@@ -247,10 +240,10 @@ def evaluate(
       )
     )
     stack.enter_context(jax.set_mesh(mesh))
-    sampler = sampling.Sampler(rl, model, tokenizer, rewarder)
+    sampler = rl_loop.make_sampler(rl, model, tokenizer, rewarder, mesh)
     sampler.load(model, 0)
     found = sampler.pass_at_1()
   return {
     "all": found["pass_at_1"],
-    **{kind: found[f"pass_at_1_{kind}"] for kind in config.domains},
+    **{one.name: found[f"pass_at_1_{one.name}"] for one in config.specialists},
   }

@@ -21,6 +21,7 @@ from dsv32_jax.agents.environments import protocol
 from dsv32_jax.data import tokenizer as tokenizer_lib
 from dsv32_jax.generation import engine as engine_lib
 from dsv32_jax.generation import local_policy
+from dsv32_jax.generation import requests
 from dsv32_jax.generation.server import runner as runner_lib
 from dsv32_jax.model import transformer
 from dsv32_jax.rl import environments
@@ -56,6 +57,55 @@ async def play(
     describe=described[config.tool_descriptions],
     manage_context=managers[config.when_full],
   )
+
+
+def play_all(
+  engine: engine_lib.Engine,
+  tokenizer: tokenizer_lib.Tokenizer,
+  config: episode_config.EpisodesConfig,
+  tasks: Sequence[environments.EpisodeTask],
+  drawn: Sequence[requests.SamplingParameters],
+  *,
+  want_routing: bool = False,
+  want_selection: bool = False,
+) -> list[loop.Episode]:
+  """Runs one episode a task, all in an engine's batch.
+
+  Args:
+    engine: that replies; it is idle.
+    tokenizer: of its model.
+    config: of the episodes.
+    tasks: of the episodes.
+    drawn: how each draws, ids banned that the tokenizer lacks.
+    want_routing: as of local_policy.
+    want_selection: likewise.
+  """
+  runner = runner_lib.Runner(engine, max_requests=len(tasks))
+  room = asyncio.Semaphore(config.concurrency)
+
+  async def one(task, parameters):
+    policy = local_policy.local_policy(
+      runner,
+      tokenizer,
+      parameters,
+      want_routing=want_routing,
+      want_selection=want_selection,
+    )
+    async with room:
+      return await play(config, policy, task)
+
+  async def everything():
+    async with asyncio.TaskGroup() as group:
+      running = [
+        group.create_task(one(task, parameters))
+        for task, parameters in zip(tasks, drawn, strict=True)
+      ]
+    return [task.result() for task in running]
+
+  try:
+    return asyncio.run(everything())
+  finally:
+    runner.drain()
 
 
 def thinking_mode(
@@ -187,36 +237,19 @@ class Sampler(sampling.Drawing):
       record: whether routing and selection are kept, where they are replayed.
     """
     config, learner = self.config, self.config.learner
-    runner = runner_lib.Runner(
-      _OnMesh(self.engine, self._mesh), max_requests=len(tasks)
+    drawn = [
+      config.sampler.parameters(temperature=learner.temperature, seed=seed)
+      for seed in seeds
+    ]
+    return play_all(
+      _OnMesh(self.engine, self._mesh),
+      self.tokenizer,
+      config.episodes,
+      tasks,
+      [dataclasses.replace(x, banned_ids=self._banned) for x in drawn],
+      want_routing=record and learner.replays_routing,
+      want_selection=record and learner.replay_selection,
     )
-    room = asyncio.Semaphore(config.episodes.concurrency)
-
-    async def one(task, seed):
-      parameters = config.sampler.parameters(
-        temperature=learner.temperature, seed=seed
-      )
-      policy = local_policy.local_policy(
-        runner,
-        self.tokenizer,
-        dataclasses.replace(parameters, banned_ids=self._banned),
-        want_routing=record and learner.replays_routing,
-        want_selection=record and learner.replay_selection,
-      )
-      async with room:
-        return await play(config.episodes, policy, task)
-
-    async def everything():
-      async with asyncio.TaskGroup() as group:
-        running = [
-          group.create_task(one(task, seed)) for task, seed in zip(tasks, seeds)
-        ]
-      return [task.result() for task in running]
-
-    try:
-      return asyncio.run(everything())
-    finally:
-      runner.drain()
 
   def _trajectory(self, episode, task) -> trajectory.Trajectory:
     # What an environment did wrong teaches nothing.
@@ -255,7 +288,12 @@ class Sampler(sampling.Drawing):
 
 
 def banned_ids(config, tokenizer) -> tuple[int, ...]:
-  """Ids that the tokenizer lacks: a conversation has no text for them."""
+  """Ids that the tokenizer lacks: a conversation has no text for them.
+
+  Args:
+    config: has `model`, whose ids they are.
+    tokenizer: of the policy.
+  """
   return tuple(range(tokenizer.vocab_size, config.model.vocab_size))
 
 

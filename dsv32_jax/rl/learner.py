@@ -81,6 +81,8 @@ def policy_forward(
   return output, logp_BT, entropy_BT
 
 
+# Runs of one shape in one process share what is compiled.
+@functools.lru_cache(maxsize=8)
 def make_reference_scorer(graph, config: config_lib.LearnerConfig):
   """Builds the function that fills in `ref_logp_BT`.
 
@@ -153,6 +155,7 @@ def rl_loss(
   return loss, (metrics | found | {"loss": loss}, load_LE)
 
 
+@functools.lru_cache(maxsize=8)
 def make_learner_step(
   graph,
   config: config_lib.LearnerConfig,

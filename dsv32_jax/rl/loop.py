@@ -75,7 +75,9 @@ def train(
     stack.enter_context(jax.set_mesh(policy.mesh))
     start = policy.resume()
     training_loop.claim_folder(config, workdir, _MAY_CHANGE, root)
-    sampler = _sampler(policy, rewarder)
+    sampler = make_sampler(
+      config, policy.model(), policy.tokenizer, rewarder, policy.mesh
+    )
     writer = stack.enter_context(
       metrics_lib.MetricsWriter(workdir, resume_step=start or None)
     )
@@ -94,13 +96,13 @@ def train(
   return policy
 
 
-def _sampler(policy, rewarder):
-  config, model = policy.config, policy.model()
+def make_sampler(config, model, tokenizer, rewarder, mesh) -> sampling.Drawing:
+  """The sampler of what a run asks and plays; arguments as of mixed.Sampler."""
   if config.tasks and config.episodes is not None:
-    return mixed.Sampler(config, model, policy.tokenizer, rewarder, policy.mesh)
+    return mixed.Sampler(config, model, tokenizer, rewarder, mesh)
   if config.episodes is not None:
-    return episodes.Sampler(config, model, policy.tokenizer, policy.mesh)
-  return sampling.Sampler(config, model, policy.tokenizer, rewarder)
+    return episodes.Sampler(config, model, tokenizer, mesh)
+  return sampling.Sampler(config, model, tokenizer, rewarder)
 
 
 def _in_turns(policy, sampler) -> Iterator[sampling.Rollout]:

@@ -6,6 +6,7 @@ step whose gradient holds a NaN or an infinity changes nothing and is counted.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -123,6 +124,8 @@ def is_matrix(params):
   )
 
 
+# One object for one config: what is compiled with it is found again.
+@functools.lru_cache(maxsize=32)
 def make_optimizer(
   config: OptimizerConfig, decays=is_matrix
 ) -> optax.GradientTransformation:

@@ -183,6 +183,8 @@ def _mtp_targets(batch, order):
   return map(order.apply, losses.mtp_targets(*map(order.restore, given)))
 
 
+# Runs of one shape in one process share what is compiled.
+@functools.lru_cache(maxsize=8)
 def make_step(
   graph,
   stage: stages.StageConfig,

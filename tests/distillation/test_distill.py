@@ -1,5 +1,6 @@
 """Specialists that answer by script, and the program on a real checkpoint."""
 
+import asyncio
 import dataclasses
 import json
 import subprocess
@@ -8,13 +9,19 @@ import sys
 import pytest
 
 from dsv32_jax.agents import cold_start
+from dsv32_jax.agents import limits
+from dsv32_jax.agents import policy as policies
 from dsv32_jax.data import pieces as pieces_lib
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.distillation import config as config_lib
+from dsv32_jax.distillation import distill
+from dsv32_jax.distillation import episodes
 from dsv32_jax.distillation import mix
 from dsv32_jax.distillation import sampling
 from dsv32_jax.generation import programs
 from dsv32_jax.generation import requests
+from dsv32_jax.rl import episode_config
+from dsv32_jax.rl import episodes as rl_episodes
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.verifiers import reward
 from dsv32_jax.verifiers import tasks
@@ -161,6 +168,79 @@ def test_draws_have_seeds_of_their_own(tokenizer):
   assert asked[16:] == first[:8]
 
 
+def test_episodes_are_kept_whole_where_they_are_solved(tokenizer, monkeypatch):
+  given = episode_config.EpisodesConfig(
+    environments=(
+      episode_config.EnvironmentConfig(kind="calculator", size=2, largest=9),
+    ),
+    limits=limits.EpisodeLimits(turns=4),
+    tool_descriptions="signatures",
+  )
+  one = specialist("agent", tasks=(), episodes=given)
+  config = config_of(one, answers=3)
+  asked = []
+
+  def scripted_play(engine, tokenizer, config, tasks, drawn):
+    """Of three episodes one is solved, one is cut short, one thinks."""
+    asked.extend(x.seed for x in drawn)
+    played = []
+    for number, task in enumerate(tasks):
+      calls = task.solve()
+      calls = calls[:-1] if number % 3 == 1 else calls
+      thought = "let me see" if number % 3 == 2 else ""
+      script = policies.replies(
+        *(
+          policies.call(name, json.dumps(arguments), reasoning=thought)
+          for name, arguments in calls
+        ),
+        {"role": "assistant", "content": "Done."},
+      )
+      policy = policies.ScriptedPolicy(script)
+      played.append(asyncio.run(rl_episodes.play(config, policy, task)))
+    return played
+
+  monkeypatch.setattr(rl_episodes, "play_all", scripted_play)
+  samples = episodes.sample(one, config, tokenizer, None, 400)
+  assert [s.reason for s in samples] == [
+    "",
+    "its reward is too low",
+    "it thinks",
+  ] * 4
+  assert len(set(asked)) == len({s.id for s in samples}) == 12
+  thinking = dataclasses.replace(one, thinking=True)
+  samples = episodes.sample(thinking, config, tokenizer, None, 400)
+  assert [s.reason for s in samples] == [
+    "it does not think first",
+    "its reward is too low",
+    "",
+  ] * 4
+  chosen, _ = mix.choose(samples, 1)
+  rows = [distill._row(x) for x in chosen]
+  assert len(rows) == 4
+  for row in rows:
+    parts = list(pieces_lib.read(row["pieces"], tokenizer))
+    learnt = tokenizer.decode(
+      tokenizer.encode_parts([x for x, learn in parts if learn])
+    )
+    assert learnt.startswith("let me see") and "submit" in learnt
+    # What a tool said is read, not learnt.
+    assert "function_results" not in learnt
+    given_text = "".join(
+      x for x, learn in parts if isinstance(x, str) and not learn
+    )
+    assert "function_results" in given_text
+
+
+def test_everything_is_mixed_where_it_is_said():
+  config = config_of(specialist("a"), specialist("b"), everything=True)
+  chosen = [made("a", "t", str(n), "x") for n in range(10)]
+  mixed = mix.mix(chosen, config)
+  assert sorted(x.id for x in mixed) == sorted(x.id for x in chosen)
+  assert mixed != chosen and mix.mix(chosen, config) == mixed
+  with pytest.raises(ValueError, match="no answer of any specialist"):
+    mix.mix([], config)
+
+
 def made(name, task, problem, answer, *, tokens=5, reason=""):
   return sampling.Sample(
     id=f"{name}-{problem}-{answer}",
@@ -233,6 +313,11 @@ def test_examples_are_what_fine_tuning_reads(tokenizer):
     (lambda: config_of(specialist(), temperature=-1.0), "temperature=-1"),
     (lambda: specialist("a b"), "letters, digits and _"),
     (lambda: specialist(problems=0), "ask nothing"),
+    (lambda: specialist(tasks=()), "exactly one of them"),
+    (
+      lambda: config_of(specialist(), everything=True, examples=3),
+      "exclude each other",
+    ),
     (lambda: specialist(weight=0.0), "weight=0.0"),
   ],
 )

@@ -99,3 +99,17 @@ def test_numbers_of_pages_double(page_size, max_length, counts):
     max_batch=1, page_size=page_size, num_pages=1, max_length=max_length
   )
   assert config.compiled_page_counts == counts
+
+
+def test_engines_of_one_shape_share_what_is_compiled(model):
+  config = engine_lib.EngineConfig(**SIZES)
+  one, other, eight_bit = (
+    engine_lib.Engine(model, x)
+    for x in (
+      config,
+      config,
+      engine_lib.EngineConfig(**SIZES | dict(index_key_format="fp8")),
+    )
+  )
+  assert one._programs._run is other._programs._run
+  assert eight_bit._programs._run is not one._programs._run
