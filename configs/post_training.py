@@ -17,13 +17,20 @@ from dsv32_jax.rl import episode_config
 from dsv32_jax.rl import run_config
 from dsv32_jax.training import optimizer
 from dsv32_jax.training import schedule
+from dsv32_jax.verifiers import length
+from dsv32_jax.verifiers import reward
 from dsv32_jax.verifiers.tasks import mixture
 from experiments import common
 
 # Words of several domains.
 _VOCAB = 1024
-# Tokens of a whole episode, tools and all.
-_WINDOW = 256
+# Tokens of the longest episode, tools and all, and of its longest reply.
+_WINDOW = 384
+_REPLY = 144
+# Of the whole penalty on length, beside an outcome of 1.
+_LENGTH_WEIGHT = 0.2
+# Held-out problems of each domain in each mode.
+_ASKED = 64
 
 
 def _reasoning(name, task, **changes) -> post_training_config.DomainConfig:
@@ -40,42 +47,71 @@ def _agent(name, environment, **changes) -> post_training_config.DomainConfig:
 
 def _domains() -> tuple[post_training_config.DomainConfig, ...]:
   """Each as small as it can be and still be one."""
+  environment = episode_config.EnvironmentConfig
   return (
-    _reasoning(
-      "mathematics", mixture.TaskConfig(kind="arithmetic", size=2, largest=9)
-    ),
-    _reasoning("logic", mixture.TaskConfig(kind="knights", size=2)),
-    _agent(
-      "general_agent",
-      episode_config.EnvironmentConfig(kind="calculator", size=2, largest=50),
-      modes=("chat",),
+    *_reasoning_domains(),
+    _agent("general_agent", environment(kind="calculator", size=2, largest=20)),
+    _agent("agentic_coding", environment(kind="repairs", size=1, largest=9)),
+    _agent("agentic_search", environment(kind="searches", size=1, largest=16)),
+    post_training_config.DomainConfig(
+      name="instructions",
+      group="alignment",
+      task=mixture.TaskConfig(kind="instructions", size=3, largest=24),
+      # No domain has so little in its rewards to keep it what it is.
+      kl_weight=0.01,
     ),
   )
 
 
-def _base(domains, **changes) -> run_config.RlConfig:
+def _reasoning_domains() -> tuple[post_training_config.DomainConfig, ...]:
+  task = mixture.TaskConfig
+  return (
+    _reasoning("mathematics", task(kind="arithmetic", size=2, largest=9)),
+    _reasoning("programming", task(kind="programs", size=1, largest=9)),
+    _reasoning("logic", task(kind="knights", size=2)),
+  )
+
+
+def _reward(length_weight: float) -> reward.RewardConfig:
+  """Beside the outcome: the format of the mode, English, and brevity."""
+  return reward.RewardConfig(
+    format_weight=0.1,
+    language="en",
+    language_weight=0.05,
+    length=length.LengthPenalty(
+      free_tokens=_REPLY // 2, max_tokens=_REPLY, weight=length_weight
+    ),
+  )
+
+
+def _base(domains, window=_WINDOW, **changes) -> run_config.RlConfig:
   """What all GRPO stages share."""
+  asked = tuple(d.task for d in domains if d.task is not None)
   played = tuple(d.environment for d in domains if d.environment is not None)
-  episodes = episode_config.EpisodesConfig(
+  episodes = played and episode_config.EpisodesConfig(
     environments=played,
-    limits=limits.EpisodeLimits(turns=6, window=_WINDOW, turn_tokens=96),
+    limits=limits.EpisodeLimits(turns=8, window=window, turn_tokens=_REPLY),
     tool_descriptions="signatures",
+    length=length.LengthPenalty(
+      free_tokens=window // 2, max_tokens=window, weight=_LENGTH_WEIGHT
+    ),
   )
   defaults = dict(
-    tasks=tuple(d.task for d in domains if d.task is not None),
-    episodes=episodes,
-    episode_prompts=1,
+    tasks=asked,
+    episodes=episodes or None,
+    episode_prompts=1 if asked and played else None,
+    reward=_reward(_LENGTH_WEIGHT),
     tokenizer=tokenizer.TokenizerConfig(vocab_size=_VOCAB),
     rollouts=20,
     prompts=16,
     group_size=8,
     # Answers are shorter than episodes; each length is compiled once.
-    row_lengths=(_WINDOW // 2 - 1, _WINDOW - 1),
+    row_lengths=(window // 2 - 1, window - 1),
   )
   return rl.rl_config(
-    rl.agent_model(_VOCAB, _WINDOW),
-    row_length=_WINDOW - 1,
-    max_tokens=96,
+    rl.agent_model(_VOCAB, window),
+    row_length=window - 1,
+    max_tokens=_REPLY,
     max_batch=32,
     **(defaults | changes),
   )
@@ -87,7 +123,7 @@ def full() -> post_training.PostTrainingConfig:
     rl=_base(
       domains,
       evaluation=run_config.EvaluationConfig(
-        every=1, problems=64 * sum(len(one.modes) for one in domains)
+        every=1, problems=_ASKED * sum(len(one.modes) for one in domains)
       ),
     ),
     domains=domains,
@@ -109,6 +145,31 @@ def sequential() -> post_training.PostTrainingConfig:
   return dataclasses.replace(full(), rl_order="both")
 
 
+def speciale() -> post_training.PostTrainingConfig:
+  """As V3.2-Speciale: reasoning alone, hardly a penalty on length, proofs.
+
+  Proofs and their self-evaluations are judged as in DeepSeekMath-V2, by a
+  verifier and a meta-verifier that are scripts here. What is reported of them
+  as pass@1 is the mean of that reward.
+  """
+  proofs = mixture.TaskConfig(kind="proofs", size=2, largest=9)
+  domains = tuple(
+    dataclasses.replace(one, modes=("thinking",))
+    for one in (*_reasoning_domains(), _reasoning("proofs", proofs))
+  )
+  return dataclasses.replace(
+    full(),
+    rl=_base(
+      domains,
+      reward=_reward(_LENGTH_WEIGHT / 10),
+      evaluation=run_config.EvaluationConfig(
+        every=1, problems=_ASKED * len(domains)
+      ),
+    ),
+    domains=domains,
+  )
+
+
 def smoke() -> post_training.PostTrainingConfig:
   sorting = mixture.TaskConfig(kind="sorting", size=2, largest=6)
   domains = (
@@ -125,6 +186,7 @@ def smoke() -> post_training.PostTrainingConfig:
     domains=domains,
     rl=_base(
       domains,
+      window=176,
       rollouts=2,
       prompts=4,
       group_size=2,
@@ -133,14 +195,20 @@ def smoke() -> post_training.PostTrainingConfig:
     rl_order="both",
     mixed_rollouts=4,
     solved=12,
-    start_steps=60,
+    start_steps=100,
     distilled_steps=4,
-    batch_size=4,
+    sequence_length=176,
+    batch_size=8,
     asked=6,
     answers=2,
   )
 
 
 def get_config(variant: str = "full"):
-  variants = {"full": full, "sequential": sequential, "smoke": smoke}
+  variants = {
+    "full": full,
+    "sequential": sequential,
+    "speciale": speciale,
+    "smoke": smoke,
+  }
   return common.config_variant(variants, variant)

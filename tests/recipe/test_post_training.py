@@ -235,3 +235,28 @@ def test_a_wrong_config_is_told(make, message):
 def test_groups_come_in_the_papers_order():
   assert post_training_config.GROUPS == ("reasoning", "agent", "alignment")
   assert SMOKE.groups == ("reasoning", "agent")
+
+
+def test_the_whole_has_every_domain_of_the_paper_in_both_modes():
+  config = configs.full()
+  names = {one.name for one in config.domains}
+  assert names == {
+    *("mathematics", "programming", "logic"),
+    *("general_agent", "agentic_coding", "agentic_search", "instructions"),
+  }
+  assert len(config.specialists) == 14
+  assert config.groups == post_training_config.GROUPS
+  stages = post_training._orders(configs.sequential())["sequential"]
+  assert [len(parts) for _, parts, _ in stages] == [6, 6, 2]
+
+
+def test_speciale_is_reasoning_with_proofs_and_hardly_a_penalty_on_length():
+  config, full = configs.speciale(), configs.full()
+  assert config.groups == ("reasoning",)
+  assert {one.mode for one in config.specialists} == {"thinking"}
+  assert config.rl.episodes is None
+  (proofs,) = (one for one in config.domains if one.name == "proofs")
+  assert proofs.task.kind == "proofs"
+  ours, theirs = config.rl.reward.length, full.rl.reward.length
+  assert 0 < ours.weight < theirs.weight / 5
+  assert dataclasses.replace(ours, weight=theirs.weight) == theirs

@@ -9,4 +9,5 @@ from dsv32_jax.verifiers.tasks.mixture import TaskConfig
 from dsv32_jax.verifiers.tasks.problem import Problem
 from dsv32_jax.verifiers.tasks.problem import generate
 from dsv32_jax.verifiers.tasks.programs import Programs
+from dsv32_jax.verifiers.tasks.proofs import Proofs
 from dsv32_jax.verifiers.tasks.sorting import Sorting

@@ -17,6 +17,7 @@ from dsv32_jax.verifiers.tasks import instructions
 from dsv32_jax.verifiers.tasks import knights
 from dsv32_jax.verifiers.tasks import problem as problem_lib
 from dsv32_jax.verifiers.tasks import programs
+from dsv32_jax.verifiers.tasks import proofs
 from dsv32_jax.verifiers.tasks import sorting
 
 _MAKE = {
@@ -31,6 +32,7 @@ _MAKE = {
   "programs": lambda size, largest: programs.Programs(
     size=size, largest=largest
   ),
+  "proofs": lambda size, largest: proofs.Proofs(terms=size, largest=largest),
   "instructions": lambda size, largest: instructions.Instructions(
     size=size, largest=largest
   ),
@@ -47,15 +49,21 @@ class TaskConfig:
     kind: of the task.
     name: of its domain, in metrics and for KL weights; "": its kind.
     thinking: whether answers think first; None: as the run's reward says.
-    size: terms, numbers, brackets or people in a problem, steps of a program,
-      words of an instruction.
+    size: terms (of a statement to prove, too), numbers, brackets or people in a
+      problem, steps of a program, words of an instruction.
     largest: number that occurs; of an instruction, how many words there are; of
       no meaning to brackets and knights.
     weight: share of the problems, relative to the other tasks.
   """
 
   kind: Literal[
-    "arithmetic", "sorting", "brackets", "knights", "programs", "instructions"
+    "arithmetic",
+    "sorting",
+    "brackets",
+    "knights",
+    "programs",
+    "instructions",
+    "proofs",
   ]
   size: int
   largest: int = 20
