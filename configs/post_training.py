@@ -3,7 +3,8 @@
 python -m experiments.post_train --config=configs/post_training.py --workdir=DIR
 
 Variants: full, sequential (the last stage both mixed and one for each group of
-domains), speciale, smoke (a few minutes; shows that it runs and nothing else).
+domains), speciale, small (a domain of each group, both orders), smoke (a few
+minutes; shows that it runs and nothing else).
 """
 
 import dataclasses
@@ -102,8 +103,8 @@ def _base(domains, window=_WINDOW, **changes) -> run_config.RlConfig:
     episode_prompts=1 if asked and played else None,
     reward=_reward(_LENGTH_WEIGHT),
     tokenizer=tokenizer.TokenizerConfig(vocab_size=_VOCAB),
-    rollouts=20,
-    prompts=16,
+    rollouts=16,
+    prompts=8,
     group_size=8,
     # Answers are shorter than episodes; each length is compiled once.
     row_lengths=(window // 2 - 1, window - 1),
@@ -127,7 +128,7 @@ def full() -> post_training.PostTrainingConfig:
       ),
     ),
     domains=domains,
-    mixed_rollouts=40,
+    mixed_rollouts=48,
     sft_optimizer=optimizer.OptimizerConfig(
       schedule=schedule.ScheduleConfig(peak=3e-3, warmup_steps=20)
     ),
@@ -170,6 +171,47 @@ def speciale() -> post_training.PostTrainingConfig:
   )
 
 
+def small() -> post_training.PostTrainingConfig:
+  """A domain of each group, whose answers and episodes are short; both orders.
+
+  The sequential order against the mixed one, in some minutes.
+  """
+  window = 176
+  domains = (
+    _reasoning(
+      "mathematics", mixture.TaskConfig(kind="arithmetic", size=2, largest=9)
+    ),
+    _agent(
+      "general_agent",
+      episode_config.EnvironmentConfig(kind="calculator", size=2, largest=20),
+      modes=("chat",),
+    ),
+    post_training_config.DomainConfig(
+      name="instructions",
+      group="alignment",
+      task=mixture.TaskConfig(kind="instructions", size=2, largest=8),
+      modes=("chat",),
+    ),
+  )
+  parts = sum(len(one.modes) for one in domains)
+  return dataclasses.replace(
+    full(),
+    rl=_base(
+      domains,
+      window=window,
+      rollouts=10,
+      evaluation=run_config.EvaluationConfig(every=1, problems=64 * parts),
+    ),
+    domains=domains,
+    rl_order="both",
+    mixed_rollouts=24,
+    start_steps=400,
+    distilled_steps=150,
+    sequence_length=window,
+    batch_size=8,
+  )
+
+
 def smoke() -> post_training.PostTrainingConfig:
   sorting = mixture.TaskConfig(kind="sorting", size=2, largest=6)
   domains = (
@@ -209,6 +251,7 @@ def get_config(variant: str = "full"):
     "full": full,
     "sequential": sequential,
     "speciale": speciale,
+    "small": small,
     "smoke": smoke,
   }
   return common.config_variant(variants, variant)

@@ -2,9 +2,9 @@
 
 python -m experiments.post_train --config=configs/post_training.py --workdir=DIR
 
-Variants of the config: full, sequential, speciale, smoke. A specialist is made
-of each domain in each of its modes; --config.rl_order=sequential makes the last
-stage one for each group of domains, both does it either way. Writes
+Variants of the config: full, sequential, speciale, small, smoke. A specialist
+is made of each domain in each of its modes; --config.rl_order=sequential makes
+the last stage one for each group of domains, both does it either way. Writes
 DIR/report.md, DIR/report.json and DIR/pass_at_1.png: every model in every
 domain and mode. Called again, it goes on where it stood.
 """

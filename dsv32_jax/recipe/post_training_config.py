@@ -38,7 +38,7 @@ class DomainConfig:
       fields below.
     optimizer: of its specialists.
     learner: of its specialists.
-    reward: of its specialists.
+    reward: of its specialists; of an environment's, the length alone.
   """
 
   name: str
@@ -63,6 +63,15 @@ class DomainConfig:
       )
     if not self.modes or len(set(self.modes)) < len(self.modes):
       raise ValueError(f"domain {self.name}: modes={self.modes} must differ")
+    if (
+      self.environment
+      and self.reward
+      and self.reward != _of_length(self.reward)
+    ):
+      raise ValueError(
+        f"domain {self.name}: reward has fields for single answers: of"
+        " episodes, reward.length alone counts besides the outcome"
+      )
     for name in ("solved", "rollouts"):
       value = getattr(self, name)
       if value is not None and value < 1:
@@ -146,6 +155,11 @@ class PostTrainingConfig:
     taken = [n for n in names if n.split("_")[0] in _PARTS]
     if taken:
       raise ValueError(f"domains: {taken[0]!r} is the name of another part")
+    if self.rl.learner.domain_kl_weights:
+      raise ValueError(
+        f"rl.learner.domain_kl_weights={self.rl.learner.domain_kl_weights} must"
+        " be (): a domain has its kl_weight"
+      )
     if self.rl.episodes is None and any(d.environment for d in self.domains):
       raise ValueError("rl.episodes must be set: a domain has an environment")
     if self.mixed_rollouts < len(self.groups):
@@ -220,8 +234,11 @@ class PostTrainingConfig:
       episode_prompts=share,
       rollouts=rollouts,
       # Without tasks, nothing but the length of an episode is rewarded.
-      reward=rl.reward
-      if tasks
-      else reward_lib.RewardConfig(length=rl.reward.length),
+      reward=rl.reward if tasks else _of_length(rl.reward),
       learner=dataclasses.replace(rl.learner, domain_kl_weights=weights),
     )
+
+
+def _of_length(given: reward_lib.RewardConfig) -> reward_lib.RewardConfig:
+  """What of a reward counts in episodes."""
+  return reward_lib.RewardConfig(length=given.length)

@@ -209,6 +209,22 @@ def test_the_mixture_has_one_program_for_all_stages():
     (lambda: domain("sorting", task=None), "exactly one of task and env"),
     (lambda: domain("sorting", modes=("chat", "chat")), "must differ"),
     (lambda: domain("sorting", rollouts=0), "rollouts=0 must be positive"),
+    (
+      lambda: domain("calculator", reward=SMOKE.rl.reward),
+      r"of episodes, reward\.length alone",
+    ),
+    (
+      lambda: with_domains(
+        *SMOKE.domains,
+        rl=dataclasses.replace(
+          SMOKE.rl,
+          learner=dataclasses.replace(
+            SMOKE.rl.learner, domain_kl_weights=(("a", 1.0),)
+          ),
+        ),
+      ),
+      r"rl\.learner\.domain_kl_weights=",
+    ),
     (with_domains, "must be there"),
     (lambda: with_domains(*SMOKE.domains, domain("sorting")), "each name once"),
     (
@@ -258,5 +274,20 @@ def test_speciale_is_reasoning_with_proofs_and_hardly_a_penalty_on_length():
   (proofs,) = (one for one in config.domains if one.name == "proofs")
   assert proofs.task.kind == "proofs"
   ours, theirs = config.rl.reward.length, full.rl.reward.length
+  report = {
+    "pass_at_1": {
+      name: dict.fromkeys([one.name for one in config.specialists], 0.5)
+      for name in [
+        *(one.name for one in config.specialists),
+        *("start", "distilled", "mixed"),
+      ]
+    },
+    "orders": {"mixed": ["distilled", "mixed"]},
+    "distilled": {},
+  }
+  report["seconds"] = dict.fromkeys(report["pass_at_1"], 1.0)
+  assert "Of proofs, the mean of their reward" in (
+    post_training_report.describe(config, report)
+  )
   assert 0 < ours.weight < theirs.weight / 5
   assert dataclasses.replace(ours, weight=theirs.weight) == theirs
