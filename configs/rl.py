@@ -5,9 +5,10 @@ python -m experiments.train_rl --config=configs/rl.py:tiny --workdir=DIR \
   --config.tokenizer.path=START/tokenizer.json
 
 Variants: tiny, tiny_async (sampling and learning side by side), small; episodes
-of several turns in environments: calculator, calculator_async, lookups. Without
-init_from they start from fresh weights, which solve nothing; for episodes,
-experiments.learned makes a start. The stabilisers are switches:
+of several turns in environments: calculator, calculator_async, lookups; single
+answers and episodes at once: mixed, mixed_async. Without init_from they start
+from fresh weights, which solve nothing; for episodes, experiments.learned makes
+a start. The stabilisers are switches:
 --config.learner.grpo.unbiased_kl=False
 --config.learner.grpo.off_policy_threshold=None
 --config.learner.keep_routing=False
@@ -170,6 +171,18 @@ def calculator(**changes) -> run_config.RlConfig:
   return episodes(one, vocab_size=384, window=176, **changes)
 
 
+def mixed(**changes) -> run_config.RlConfig:
+  """Single answers and episodes in one stage, half of the groups each."""
+  return calculator(
+    tasks=(
+      mixture.TaskConfig(kind="sorting", size=3, largest=20, thinking=False),
+    ),
+    episode_prompts=8,
+    row_lengths=(63, 175),
+    **changes,
+  )
+
+
 def look_ups(**changes) -> run_config.RlConfig:
   """Small general environments; three families of them are kept out."""
   one = episode_config.EnvironmentConfig(kind="lookups", domains=SEEN)
@@ -201,5 +214,7 @@ def get_config(variant: str = "tiny"):
     "calculator": calculator,
     "calculator_async": lambda: calculator(max_staleness=1),
     "lookups": look_ups,
+    "mixed": mixed,
+    "mixed_async": lambda: mixed(max_staleness=1),
   }
   return common.config_variant(variants, variant)

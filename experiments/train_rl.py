@@ -5,10 +5,10 @@ python -m experiments.train_rl --config=configs/rl.py:tiny --workdir=DIR \
   --config.tokenizer.path=START/tokenizer.json
 
 Variants of the config: tiny, tiny_async, small; with episodes in environments
-calculator, calculator_async, lookups; configs/deepseek_v32_671b.py has grpo.
-metrics.jsonl has a row a rollout: reward, KL, entropy, ratios, bytes
-of replay data a token; timings.jsonl the seconds of sampling, scoring and
-learning.
+calculator, calculator_async, lookups; with both at once mixed, mixed_async;
+configs/deepseek_v32_671b.py has grpo. metrics.jsonl has a row a rollout:
+reward, KL, entropy, ratios, bytes of replay data a token; timings.jsonl the
+seconds of sampling, scoring and learning.
 """
 
 from absl import flags

@@ -5,6 +5,7 @@ problems and draws have seeds of their own, and the engine gives a request the
 same tokens whoever shares the batch with it.
 """
 
+import abc
 from collections.abc import Sequence
 import dataclasses
 import itertools
@@ -98,7 +99,7 @@ class Asked(NamedTuple):
   thinking: bool
 
 
-class Drawing:
+class Drawing(abc.ABC):
   """What samplers share: an engine, the policy's version, evaluation."""
 
   def __init__(self, config, model, tokenizer, engine=None):
@@ -139,13 +140,13 @@ class Drawing:
       found[f"pass_at_1_{domain}"] = float(np.mean(mine))
     return found
 
+  @abc.abstractmethod
   def draw(self, number: int) -> Rollout:
     """Draws and scores the groups of a number."""
-    raise AssertionError(f"{self} draws nothing")
 
+  @abc.abstractmethod
   def held_out(self) -> tuple[list[tuple[str, float]], dict[str, float]]:
     """Domain and outcome of each held-out problem, and what else was found."""
-    raise AssertionError(f"{self} evaluates nothing")
 
 
 class Sampler(Drawing):
