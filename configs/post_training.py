@@ -73,25 +73,27 @@ def _reasoning_domains() -> tuple[post_training_config.DomainConfig, ...]:
   )
 
 
-def _reward(length_weight: float) -> reward.RewardConfig:
+def _reward(length_weight: float, reply: int = _REPLY) -> reward.RewardConfig:
   """Beside the outcome: the format of the mode, English, and brevity."""
   return reward.RewardConfig(
     format_weight=0.1,
     language="en",
     language_weight=0.05,
     length=length.LengthPenalty(
-      free_tokens=_REPLY // 2, max_tokens=_REPLY, weight=length_weight
+      free_tokens=reply // 2, max_tokens=reply, weight=length_weight
     ),
   )
 
 
 def _base(domains, window=_WINDOW, **changes) -> run_config.RlConfig:
   """What all GRPO stages share."""
+  # With a prompt it fits into the window.
+  reply = min(_REPLY, window // 2)
   asked = tuple(d.task for d in domains if d.task is not None)
   played = tuple(d.environment for d in domains if d.environment is not None)
   episodes = played and episode_config.EpisodesConfig(
     environments=played,
-    limits=limits.EpisodeLimits(turns=8, window=window, turn_tokens=_REPLY),
+    limits=limits.EpisodeLimits(turns=8, window=window, turn_tokens=reply),
     tool_descriptions="signatures",
     length=length.LengthPenalty(
       free_tokens=window // 2, max_tokens=window, weight=_LENGTH_WEIGHT
@@ -101,7 +103,7 @@ def _base(domains, window=_WINDOW, **changes) -> run_config.RlConfig:
     tasks=asked,
     episodes=episodes or None,
     episode_prompts=1 if asked and played else None,
-    reward=_reward(_LENGTH_WEIGHT),
+    reward=_reward(_LENGTH_WEIGHT, reply),
     tokenizer=tokenizer.TokenizerConfig(vocab_size=_VOCAB),
     rollouts=16,
     prompts=8,
@@ -112,7 +114,7 @@ def _base(domains, window=_WINDOW, **changes) -> run_config.RlConfig:
   return rl.rl_config(
     rl.agent_model(_VOCAB, window),
     row_length=window - 1,
-    max_tokens=_REPLY,
+    max_tokens=reply,
     max_batch=32,
     **(defaults | changes),
   )
