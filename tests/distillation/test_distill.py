@@ -190,8 +190,8 @@ def test_episodes_are_kept_whole_where_they_are_solved(tokenizer, monkeypatch):
       thought = "let me see" if number % 3 == 2 else ""
       script = policies.replies(
         *(
-          policies.call(name, json.dumps(arguments), reasoning=thought)
-          for name, arguments in calls
+          policies.call(x.name, json.dumps(x.arguments), reasoning=thought)
+          for x in calls
         ),
         {"role": "assistant", "content": "Done."},
       )
