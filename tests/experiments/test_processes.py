@@ -85,7 +85,7 @@ def finish(*running, seconds=200):
     assert process.returncode == 0, errors
 
 
-def wait_until(is_reached, processes, seconds=400):
+def wait_until(is_reached, processes, seconds=900):
   deadline = time.monotonic() + seconds
   while not is_reached():
     for process in processes:
@@ -156,7 +156,7 @@ def whole(tmp_path_factory):
   folder = tmp_path_factory.mktemp("processes") / "whole"
   both = start_two(folder, *WHOLE)
   try:
-    finish(*both, seconds=400)
+    finish(*both, seconds=900)
   finally:
     for process in both:
       process.kill()
@@ -166,7 +166,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_a_run_whose_peers_are_killed_ends_as_if_none_was(
   whole, tmp_path, no_process_is_left
 ):
@@ -188,7 +188,7 @@ def test_a_run_whose_peers_are_killed_ends_as_if_none_was(
       reached = now.latest_step()
   both = start_two(folder, *WHOLE)
   no_process_is_left.extend(both)
-  finish(*both, seconds=400)
+  finish(*both, seconds=900)
   names = [x["name"] for x in metrics.read_rows(whole / "metrics.jsonl")]
   assert (names.count("train"), names.count("held_out")) == (40, 4)
   got, want = (x / "metrics.jsonl" for x in (folder, whole))
@@ -208,7 +208,7 @@ def test_a_run_whose_peers_are_killed_ends_as_if_none_was(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_a_run_of_two_processes_goes_on_in_one_and_then_in_two(
   whole, tmp_path, no_process_is_left
 ):
@@ -219,11 +219,11 @@ def test_a_run_of_two_processes_goes_on_in_one_and_then_in_two(
   flags = [flag for flag in WHOLE if flag != f"--config.steps={STEPS}"]
   alone = start(folder, *flags, f"--config.steps={3 * EVERY}")
   no_process_is_left.append(alone)
-  finish(alone, seconds=400)
+  finish(alone, seconds=900)
   assert len(manifest(folder, 3 * EVERY)["process_notes"]) == 1
   both = start_two(folder, *flags, f"--config.steps={STEPS}")
   no_process_is_left.extend(both)
-  finish(*both, seconds=400)
+  finish(*both, seconds=900)
   # The same data: the position at the end is that of the whole run.
   got, want = manifest(folder, STEPS), manifest(whole, STEPS)
   assert got["process_notes"] == want["process_notes"]

@@ -32,7 +32,8 @@ def parameters(properties, **changes):
 BOUNDED = parameters(
   {
     "count": {"type": "integer", "minimum": -9, "maximum": 9},
-    "kind": {"enum": ["it's <b>", 'a "b"\n', "\u00e9\u4e16"]},
+    "kind": {"enum": ["it's <b>", 'a "b"\n', "\u00e9\u4e16", ""]},
+    "odd": {"enum": ["a\u0001\u2028", "</"]},
     "mixed": {"enum": ["a", 1, None], "description": "notes change nothing"},
     "name": {"type": "string", "maxLength": 3},
     "flag": {"type": ["boolean", "null"]},
@@ -71,15 +72,14 @@ def constraint_of(grammars, *functions, forced=False, most=None):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_is_drawn_keeps_to_the_schema(grammars, tokenizer, seed):
-  constraint = constraint_of(grammars, function(BOUNDED), forced=True)
+  constraint = constraint_of(grammars, function(BOUNDED), forced=True, most=1)
   drawn = constrained.written(constraint, tokenizer, seed)
   assert constraint.failure is None
   text = tokenizer.decode(drawn[:-1]) + EOS
   message = chat.parse_message_from_completion_text(text, "chat")
-  assert message["content"] == "" and message["tool_calls"]
-  for call in message["tool_calls"]:
-    assert call["function"]["name"] == "f"
-    jsonschema.validate(json.loads(call["function"]["arguments"]), BOUNDED)
+  (call,) = message["tool_calls"]
+  assert (message["content"], call["function"]["name"]) == ("", "f")
+  jsonschema.validate(json.loads(call["function"]["arguments"]), BOUNDED)
 
 
 def reply(*calls, content=""):
@@ -180,10 +180,11 @@ def test_thinking_comes_before_and_is_free(grammars, tokenizer):
     (parameters({"a": {"$ref": "#"}}), "is no definition"),
     (parameters({"a": {"items": {"$ref": "#/properties/a"}}}), "no definition"),
     (parameters({"a": {"$ref": "#/$defs/b"}}), "b"),
+    (parameters({"a": {"enum": [f"</{MARK}parameter>"]}}), "a mark of calls"),
     (parameters({"a": False}), "not"),
     (parameters({"a": {"not": {}}}), "not"),
     (parameters({"a": {"type": "string", "pattern": "(?=a)b"}}), "look"),
-    (parameters({"a": {"const": "\ud800"}}), "surrogates"),
+    (parameters({"a": {"const": "\ud800"}}), "escape"),
     # References that lead nowhere, in a circle.
     (
       parameters(

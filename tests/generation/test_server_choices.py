@@ -184,3 +184,24 @@ def test_arguments_of_a_strict_tool_keep_to_its_schema(tokenizer):
       asked(served, STRICT)
     # A tool that is not shown holds nothing to anything.
     served.chat(tools=[STRICT], tool_choice="none", max_tokens=4)
+
+
+def test_a_value_that_ends_its_parameter_is_a_failure(tokenizer):
+  """Of JSON it may be a part, and the format has no way to say so."""
+  bounded = {"type": "string", "maxLength": 60}
+  function = STRICT["function"] | {
+    "parameters": STRICT["function"]["parameters"]
+    | {"properties": {"note": bounded}, "required": ["note"]}
+  }
+  # All else is certain, and no part of the script.
+  value = f'</{chat_format.DSML}parameter>"'
+  script = [*tokenizer.encode_rendered(value), tokenizer.eos_id]
+  grammars = json_grammar.JsonGrammars(tokenizer)
+  with scripted_api.serving(
+    tokenizer, lambda prompt: script, grammars=grammars
+  ) as served:
+    tool = {"type": "function", "function": function}
+    with pytest.raises(openai.InternalServerError, match="holds what ends it"):
+      served.chat(
+        tools=[tool], tool_choice="required", parallel_tool_calls=False
+      )

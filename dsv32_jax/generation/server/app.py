@@ -181,6 +181,7 @@ class _Server:
         most_calls=body.most_calls,
       ),
       must_call=bool(body.forced_names),
+      strict_calls=body.has_strict_tools,
     )
     return await self._answer(request, body, plan)
 

@@ -4,7 +4,8 @@ Content is free; where tool calls begin, each is one of the tools' and has the
 form of the chat format. Of a strict tool the parameters are there in the order
 of its schema, once each. A string stands as it is, where nothing but its type
 or a list of values bounds it; all else is JSON, which `llguidance` holds to its
-schema.
+schema. (Nothing keeps the text of JSON from holding the end of a parameter: a
+reply that does is told as one that failed.)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,6 +97,8 @@ def _properties(tool: schema_parts.ToolFunction) -> Mapping[str, Any]:
     raise ValueError(f"{where}: required has to name every one of properties")
   for name in schema.keys() - known:
     raise ValueError(f"{where}: {name!r} is not supported beside properties")
+  if _DSML in _json(schema):
+    raise ValueError(f"{where}: parameters hold {_DSML!r}, a mark of calls")
   _check_references(schema, where)
   for name in properties:
     if not name or '"' in name or not name.isprintable():
@@ -202,8 +205,14 @@ def _strings(part: Mapping[str, Any]) -> list[str] | None:
     values = [part["const"]]
   if not isinstance(values, list) or not values:
     return None
-  is_plain = all(isinstance(x, str) and _DSML not in x for x in values)
-  return values if is_plain else None
+  return values if all(map(_is_plain, values)) else None
+
+
+def _is_plain(value: Any) -> bool:
+  """Whether a value can stand as it is, and be a literal of the grammar."""
+  return isinstance(value, str) and all(
+    letter.isprintable() or letter in "\n\t" for letter in value
+  )
 
 
 def _key(name: str | None, is_string: bool) -> str:

@@ -48,6 +48,7 @@ class ChatStream:
 
   Attributes:
     num_calls: tool calls that were given out.
+    is_malformed: whether calls began that are none, or not to their end.
   """
 
   def __init__(
@@ -60,7 +61,7 @@ class ChatStream:
       with_tools: whether a block of tool calls is one; else it is content.
       most_calls: what follows that many is left out; None: nothing is.
     """
-    self.num_calls = 0
+    self.num_calls, self.is_malformed = 0, False
     self._with_tools, self._most_calls = with_tools, most_calls
     self._read = self._reasoning if thinking else self._content
     self._text = ""  # not yet given out
@@ -158,6 +159,7 @@ class ChatStream:
     return Delta()
 
   def _give_up(self, found: list[Call]) -> Delta:
+    self.is_malformed = True
     if self.num_calls == 0:
       self._text = _CALLS_START + self._text
     self._read = self._plain

@@ -51,7 +51,7 @@ def maker(
   """
   names, schema = request.forced_names, request.strict_schema
   if schema is None:
-    if any(tool.function.strict for tool in request.active_tools):
+    if request.has_strict_tools:
       return _strict_calls(request, grammars, names, thinking)
     if not names:
       return lambda: None

@@ -65,6 +65,11 @@ class Choice:
     self._chat = chat
     self._tokens: list[Token] = []
 
+  @property
+  def is_malformed(self) -> bool:
+    """Whether it began tool calls that are none."""
+    return self._chat is not None and self._chat.is_malformed
+
   def push(self, event: requests.TokenEvent) -> Step | None:
     """Takes an event; None where nothing is certain yet."""
     if self.finish_reason is not None:

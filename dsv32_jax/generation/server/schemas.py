@@ -162,6 +162,11 @@ class ChatRequest(_Sampling):
     return [] if self.tool_choice == "none" else self.tools or []
 
   @property
+  def has_strict_tools(self) -> bool:
+    """Whether arguments are held to the schema of a tool."""
+    return any(tool.function.strict for tool in self.active_tools)
+
+  @property
   def most_calls(self) -> int | None:
     """How many tools a reply calls at most; None: any number."""
     return 1 if self.parallel_tool_calls is False else None

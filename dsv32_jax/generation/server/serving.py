@@ -37,6 +37,7 @@ class Plan:
     stops: strings that end a choice.
     new_chat: reads the text of a choice; None: it is content.
     must_call: whether a choice that ends without a tool call is an error.
+    strict_calls: whether one whose calls are malformed is.
   """
 
   model: str
@@ -46,6 +47,7 @@ class Plan:
   stops: tuple[str, ...]
   new_chat: Callable[[], chat_stream.ChatStream] | None = None
   must_call: bool = False
+  strict_calls: bool = False
 
 
 class Reply:
@@ -127,13 +129,13 @@ class Reply:
         if event.finish_reason is None:
           # A stop string was seen here before the engine saw it.
           self._answers.cancel(index)
-      if step.finish_reason == "stop":
-        self._require_kept(index)
+      if step.finish_reason in ("stop", "tool_calls"):
+        self._require_kept(index, step.finish_reason)
       yield index, step
 
-  def _require_kept(self, index: int) -> None:
+  def _require_kept(self, index: int, reason: str) -> None:
     """Raises where a choice has ended and is not what was asked for."""
-    if self._plan.must_call:
+    if self._plan.must_call and reason == "stop":
       raise errors.ApiError(
         500,
         "the model began the tool call that tool_choice asks for, but what it"
@@ -141,10 +143,13 @@ class Reply:
         code="no_tool_call",
       )
     constraint = self._plan.requests[index].constraint
-    if constraint is not None and constraint.failure is not None:
+    failure = constraint and constraint.failure
+    if self._plan.strict_calls and self._choices[index].is_malformed:
+      failure = failure or "a value holds what ends it"
+    if failure is not None:
       raise errors.ApiError(
         500,
-        f"the reply could not be held to its schema: {constraint.failure}",
+        f"the reply could not be held to its schema: {failure}",
         code="schema_not_kept",
       )
 
