@@ -26,8 +26,8 @@ from experiments import common
 # Words of several domains.
 _VOCAB = 1024
 # Tokens of the longest episode, tools and all, and of its longest reply.
-_WINDOW = 384
-_REPLY = 144
+_WINDOW = 224
+_REPLY = 96
 # Of the whole penalty on length, beside an outcome of 1.
 _LENGTH_WEIGHT = 0.2
 # Held-out problems of each domain in each mode.
@@ -48,12 +48,22 @@ def _agent(name, environment, **changes) -> post_training_config.DomainConfig:
 
 def _domains() -> tuple[post_training_config.DomainConfig, ...]:
   """Each as small as it can be and still be one."""
-  environment = episode_config.EnvironmentConfig
+  agents = (
+    ("general_agent", "calculator", 2, 20),
+    ("agentic_coding", "repairs", 1, 9),
+    ("agentic_search", "searches", 1, 16),
+  )
   return (
     *_reasoning_domains(),
-    _agent("general_agent", environment(kind="calculator", size=2, largest=20)),
-    _agent("agentic_coding", environment(kind="repairs", size=1, largest=9)),
-    _agent("agentic_search", environment(kind="searches", size=1, largest=16)),
+    *(
+      _agent(
+        name,
+        episode_config.EnvironmentConfig(kind=kind, size=size, largest=largest),
+        # A rollout of episodes costs several of answers.
+        rollouts=24,
+      )
+      for name, kind, size, largest in agents
+    ),
     post_training_config.DomainConfig(
       name="instructions",
       group="alignment",
@@ -104,8 +114,8 @@ def _base(domains, window=_WINDOW, **changes) -> run_config.RlConfig:
     episodes=episodes or None,
     episode_prompts=1 if asked and played else None,
     reward=_reward(_LENGTH_WEIGHT, reply),
-    tokenizer=tokenizer.TokenizerConfig(vocab_size=_VOCAB),
-    rollouts=16,
+    tokenizer=tokenizer.TokenizerConfig(vocab_size=_VOCAB, whole_format=True),
+    rollouts=48,
     prompts=8,
     group_size=8,
     # Answers are shorter than episodes; each length is compiled once.
@@ -130,7 +140,7 @@ def full() -> post_training.PostTrainingConfig:
       ),
     ),
     domains=domains,
-    mixed_rollouts=48,
+    mixed_rollouts=96,
     sft_optimizer=optimizer.OptimizerConfig(
       schedule=schedule.ScheduleConfig(peak=3e-3, warmup_steps=20)
     ),
@@ -187,6 +197,7 @@ def small() -> post_training.PostTrainingConfig:
       "general_agent",
       episode_config.EnvironmentConfig(kind="calculator", size=2, largest=20),
       modes=("chat",),
+      rollouts=20,
     ),
     post_training_config.DomainConfig(
       name="instructions",
@@ -201,12 +212,12 @@ def small() -> post_training.PostTrainingConfig:
     rl=_base(
       domains,
       window=window,
-      rollouts=10,
+      rollouts=40,
       evaluation=run_config.EvaluationConfig(every=1, problems=64 * parts),
     ),
     domains=domains,
     rl_order="both",
-    mixed_rollouts=24,
+    mixed_rollouts=60,
     start_steps=400,
     distilled_steps=150,
     sequence_length=window,
