@@ -135,13 +135,6 @@ class Reply:
 
   def _require_kept(self, index: int, reason: str) -> None:
     """Raises where a choice has ended and is not what was asked for."""
-    if self._plan.must_call and reason == "stop":
-      raise errors.ApiError(
-        500,
-        "the model began the tool call that tool_choice asks for, but what it"
-        " wrote is none",
-        code="no_tool_call",
-      )
     constraint = self._plan.requests[index].constraint
     failure = constraint and constraint.failure
     if self._plan.strict_calls and self._choices[index].is_malformed:
@@ -151,6 +144,13 @@ class Reply:
         500,
         f"the reply could not be held to its schema: {failure}",
         code="schema_not_kept",
+      )
+    if self._plan.must_call and reason == "stop":
+      raise errors.ApiError(
+        500,
+        "the model began the tool call that tool_choice asks for, but what it"
+        " wrote is none",
+        code="no_tool_call",
       )
 
   async def _collect(self) -> dict[str, Any]:
