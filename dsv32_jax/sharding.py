@@ -40,6 +40,9 @@ RULES = {
   "pages": AXES,
 }
 
+# Axes by which weights are stored and that are whole where they are multiplied.
+GATHERED = ("embed", "query_latent", "latent")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -227,6 +230,12 @@ class Gathered(NamedTuple):
   wanted: tuple[str | None, ...]
   dtype: Any = None
   tiled: bool = False
+
+
+def gathered(axes, **how) -> Gathered:
+  """Takes a weight stored by logical axes whole along those of GATHERED."""
+  wanted = tuple(None if axis in GATHERED else axis for axis in axes)
+  return Gathered(axes, wanted, **how)
 
 
 def shard_call(function, args, in_axes, out_axes):

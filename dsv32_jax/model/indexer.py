@@ -58,6 +58,8 @@ def fake_quantize(x_BTXK):
 
 
 _QUERY_AXES = ("query_latent", "index_heads", "index_width")
+_KEY_AXES = ("embed", "index_width")
+_WEIGHT_AXES = ("embed", "index_heads")
 
 
 class Indexer(nnx.Module):
@@ -73,11 +75,11 @@ class Indexer(nnx.Module):
       **kwargs,
     )
     self.key = layers.parameter(
-      shape=(config.width, width), axes=("embed", "index_width"), **kwargs
+      shape=(config.width, width), axes=_KEY_AXES, **kwargs
     )
     self.key_norm = layers.LayerNorm(width, epsilon=config.norm_epsilon)
     self.weight = layers.parameter(
-      shape=(config.width, heads), axes=("embed", "index_heads"), **kwargs
+      shape=(config.width, heads), axes=_WEIGHT_AXES, **kwargs
     )
 
   def __call__(
@@ -97,19 +99,25 @@ class Indexer(nnx.Module):
     dtype = x_BTD.dtype
     x_BTD = jax.lax.stop_gradient(x_BTD)
     query_latent_BTU = jax.lax.stop_gradient(query_latent_BTU)
-    query_BTIK = layers.to_heads(
-      query_latent_BTU, self.query[...].astype(dtype), _QUERY_AXES
+    query_BTIK = layers.product(
+      "BTU,UIK->BTIK",
+      query_latent_BTU,
+      self.query[...].astype(dtype),
+      _QUERY_AXES,
     )
-    key_BTK = jnp.einsum("BTD,DK->BTK", x_BTD, self.key[...].astype(dtype))
+    key_BTK = layers.product(
+      "BTD,DK->BTK", x_BTD, self.key[...].astype(dtype), _KEY_AXES
+    )
     query_BTIK = rotate_first(query_BTIK, cos_BTP, sin_BTP)
     key_BTK = rotate_first(self.key_norm(key_BTK), cos_BTP, sin_BTP)
     if quantized:
       query_BTIK, key_BTK = fake_quantize(query_BTIK), fake_quantize(key_BTK)
     # float32 at full precision: rounded weights change the ranking of keys.
-    weight_BTI = jnp.einsum(
+    weight_BTI = layers.product(
       "BTD,DI->BTI",
       x_BTD.astype(jnp.float32),
       self.weight[...].astype(jnp.float32),
+      _WEIGHT_AXES,
       precision=jax.lax.Precision.HIGHEST,
     )
     return IndexInputs(

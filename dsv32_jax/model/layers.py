@@ -1,5 +1,7 @@
 """Norms, the gated MLP and the declaration of parameters."""
 
+import re
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,9 @@ from dsv32_jax import sharding
 
 # B batch, T tokens, D model width, F hidden width, U width of what heads are
 # made of, H heads, X any other axes
+
+# By which the matrices of a gated MLP are stored.
+WIDE, NARROW = ("embed", "ffn"), ("ffn", "embed")
 
 
 def parameter(rngs, shape, axes, *, scale, dtype) -> nnx.Param:
@@ -24,32 +29,39 @@ def parameter(rngs, shape, axes, *, scale, dtype) -> nnx.Param:
   return nnx.Param(value.astype(dtype), axes=axes)
 
 
-def to_heads(x_BTU, weight_UHX, axes):
-  """Returns x_BTU times weight_UHX, [B,T,H,X], the weight gathered by hand.
+def product(equation: str, x, weight, axes, *, precision=None):
+  """Returns an einsum of tokens and a weight, the weight gathered by hand.
 
-  Left to the compiler, the gradient of a weight of which a device stores few
-  rows is reduced in full on every device; see `sharding.Gathered`.
+  Left to the compiler, the gradient of a weight is reduced in full on every
+  device where each stores few rows of it; see `sharding.Gathered`.
 
   Args:
-    x_BTU: of each token.
-    weight_UHX: in the type of x.
+    equation: of two operands, x's first; B and T are its tokens.
+    x: activations.
+    weight: in the type of x.
     axes: logical axes of the weight, by which it is stored.
+    precision: of the product.
   """
-  heads = axes[1]
+  x_letters, letters, out_letters = re.findall(r"\w+", equation)
+  # Split inside its matrices, a stack of them is scattered as it lies.
+  inside = weight.ndim > 2 and axes[0] not in sharding.GATHERED
+  how = sharding.gathered(axes, tiled=inside)
+  split = {"B": "batch", "T": "length", **dict(zip(letters, how.wanted))}
 
-  def multiply(x_BTU, weight_UHX):
-    return (jnp.einsum("BTU,UHX->BTHX", x_BTU, weight_UHX),)
+  def multiply(x, share):
+    out = jnp.einsum(equation, x, share, precision=precision)
+    for letter, part, whole in zip(letters, share.shape, weight.shape):
+      if part < whole and letter not in out_letters:
+        out = sharding.mesh_sum(out, *sharding.RULES[split[letter]])
+    return (out,)
 
-  (out_BTHX,) = sharding.shard_call(
+  (out,) = sharding.shard_call(
     multiply,
-    (x_BTU, weight_UHX),
-    (
-      ("batch", "length", None),
-      sharding.Gathered(axes, (None, heads, None)),
-    ),
-    (("batch", "length", heads, None),),
+    (x, weight),
+    (tuple(map(split.get, x_letters)), how),
+    (tuple(map(split.get, out_letters)),),
   )
-  return out_BTHX
+  return out
 
 
 def rms_norm(x_XD, scale_D, epsilon: float):
@@ -104,13 +116,14 @@ class Mlp(nnx.Module):
   def __init__(self, width, hidden_width, *, rngs, scale, dtype):
     kwargs = dict(scale=scale, dtype=dtype)
     wide, narrow = (width, hidden_width), (hidden_width, width)
-    self.gate = parameter(rngs, wide, ("embed", "ffn"), **kwargs)
-    self.up = parameter(rngs, wide, ("embed", "ffn"), **kwargs)
-    self.down = parameter(rngs, narrow, ("ffn", "embed"), **kwargs)
+    self.gate = parameter(rngs, wide, WIDE, **kwargs)
+    self.up = parameter(rngs, wide, WIDE, **kwargs)
+    self.down = parameter(rngs, narrow, NARROW, **kwargs)
 
   def __call__(self, x_BTD):
     dtype = x_BTD.dtype
-    gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...].astype(dtype))
-    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...].astype(dtype))
+    gate_BTF = product("BTD,DF->BTF", x_BTD, self.gate[...].astype(dtype), WIDE)
+    up_BTF = product("BTD,DF->BTF", x_BTD, self.up[...].astype(dtype), WIDE)
     hidden_BTF = swiglu(gate_BTF, up_BTF)
-    return jnp.einsum("BTF,FD->BTD", hidden_BTF, self.down[...].astype(dtype))
+    down_FD = self.down[...].astype(dtype)
+    return product("BTF,FD->BTD", hidden_BTF, down_FD, NARROW)

@@ -5,7 +5,6 @@ of K; attention.py attends to them.
 """
 
 from flax import nnx
-import jax.numpy as jnp
 
 from dsv32_jax.model import attention as attention_lib
 from dsv32_jax.model import cache as cache_lib
@@ -22,7 +21,10 @@ from dsv32_jax.model import selection as selection_lib
 # N nope width, R rotary width, Q = N + R, V value width, P rotary pairs
 
 
-_QUERY_AXES = ("query_latent", "heads", None)
+_QUERY_DOWN_AXES = ("embed", "query_latent")
+_QUERY_UP_AXES = ("query_latent", "heads", None)
+_LATENT_AXES = ("embed", "latent")
+_OUTPUT_AXES = ("heads", None, "embed")
 
 
 class LatentAttention(nnx.Module):
@@ -39,11 +41,11 @@ class LatentAttention(nnx.Module):
         rngs, shape, axes, scale=config.initializer_scale, dtype=dtype
       )
 
-    self.query_down = parameter((width, rank), ("embed", "query_latent"))
+    self.query_down = parameter((width, rank), _QUERY_DOWN_AXES)
     self.query_norm = layers.RMSNorm(rank, epsilon=epsilon, dtype=dtype)
-    self.query_up = parameter((rank, heads, config.query_width), _QUERY_AXES)
+    self.query_up = parameter((rank, heads, config.query_width), _QUERY_UP_AXES)
     self.latent_down = parameter(
-      (width, latent + config.rope_width), ("embed", "latent")
+      (width, latent + config.rope_width), _LATENT_AXES
     )
     self.latent_norm = layers.RMSNorm(latent, epsilon=epsilon, dtype=dtype)
     self.key_up = parameter(
@@ -52,9 +54,7 @@ class LatentAttention(nnx.Module):
     self.value_up = parameter(
       (latent, heads, config.value_width), attention_lib.UP_AXES
     )
-    self.output = parameter(
-      (heads, config.value_width, width), ("heads", None, "embed")
-    )
+    self.output = parameter((heads, config.value_width, width), _OUTPUT_AXES)
     self.indexer = indexer_lib.Indexer(config, rngs=rngs, dtype=dtype)
 
   def __call__(
@@ -162,16 +162,22 @@ class LatentAttention(nnx.Module):
   def project_output(self, values_BTHV):
     """Joins the heads: out_BTD."""
     output_HVD = self.output[...].astype(values_BTHV.dtype)
-    return jnp.einsum("BTHV,HVD->BTD", values_BTHV, output_HVD)
+    return layers.product(
+      "BTHV,HVD->BTD", values_BTHV, output_HVD, _OUTPUT_AXES
+    )
 
   def project_query(self, x_BTD, rotation):
     """Returns query_latent_BTU (normed), query_nope_BTHN, query_rope_BTHR."""
     dtype = x_BTD.dtype
+    query_down_DU = self.query_down[...].astype(dtype)
     query_latent_BTU = self.query_norm(
-      jnp.einsum("BTD,DU->BTU", x_BTD, self.query_down[...].astype(dtype))
+      layers.product("BTD,DU->BTU", x_BTD, query_down_DU, _QUERY_DOWN_AXES)
     )
-    query_BTHQ = layers.to_heads(
-      query_latent_BTU, self.query_up[...].astype(dtype), _QUERY_AXES
+    query_BTHQ = layers.product(
+      "BTU,UHQ->BTHQ",
+      query_latent_BTU,
+      self.query_up[...].astype(dtype),
+      _QUERY_UP_AXES,
     )
     nope = self.config.nope_width
     query_rope_BTHR = rope.rotate_interleaved(query_BTHQ[..., nope:], *rotation)
@@ -179,8 +185,9 @@ class LatentAttention(nnx.Module):
 
   def project_latent(self, x_BTD, rotation):
     """Returns latent_BTC (normed) and key_rope_BTR (rotated)."""
-    both_BTC = jnp.einsum(
-      "BTD,DC->BTC", x_BTD, self.latent_down[...].astype(x_BTD.dtype)
+    latent_down_DC = self.latent_down[...].astype(x_BTD.dtype)
+    both_BTC = layers.product(
+      "BTD,DC->BTC", x_BTD, latent_down_DC, _LATENT_AXES
     )
     rank = self.config.latent_width
     latent_BTC = self.latent_norm(both_BTC[..., :rank])

@@ -20,6 +20,8 @@ from pallas_kernels import expert_ffn
 # B batch, T tokens, D model width, E experts, G groups, A experts a token,
 # F expert width
 
+_ROUTER_AXES = ("embed", None)
+
 
 class RouterBias(nnx.Variable):
   """The selection-only bias of a router: state, not a trained parameter."""
@@ -89,10 +91,11 @@ def route(x_BTD, router_DE, bias_E, config, replay_BTA=None) -> Routing:
       weights are computed anew, so that the router learns.
   """
   # Router logits decide a discrete choice: rounding would pick other experts.
-  logits_BTE = jnp.einsum(
+  logits_BTE = layers.product(
     "BTD,DE->BTE",
     x_BTD.astype(jnp.float32),
     router_DE.astype(jnp.float32),
+    _ROUTER_AXES,
     precision=jax.lax.Precision.HIGHEST,
   )
   affinities_BTE = jax.nn.sigmoid(logits_BTE)
@@ -161,12 +164,12 @@ class MoE(nnx.Module):
     def parameter(shape, axes):
       return layers.parameter(rngs, shape, axes, scale=scale, dtype=dtype)
 
-    self.router = parameter((width, experts), ("embed", None))
+    self.router = parameter((width, experts), _ROUTER_AXES)
     self.expert_bias = RouterBias(jnp.zeros((experts,), jnp.float32))
     wide, narrow = (experts, width, hidden), (experts, hidden, width)
-    self.gate = parameter(wide, ("experts", "embed", "ffn"))
-    self.up = parameter(wide, ("experts", "embed", "ffn"))
-    self.down = parameter(narrow, ("experts", "ffn", "embed"))
+    self.gate = parameter(wide, ("experts", *layers.WIDE))
+    self.up = parameter(wide, ("experts", *layers.WIDE))
+    self.down = parameter(narrow, ("experts", *layers.NARROW))
     shared = hidden * config.num_shared_experts
     self.shared = (
       layers.Mlp(width, shared, rngs=rngs, scale=scale, dtype=dtype)
@@ -235,12 +238,8 @@ def routed_experts(
     return (out_BTD,)
 
   tokens = ("batch", "length", None)
-  wide = sharding.Gathered(
-    ("experts", "embed", "ffn"), ("experts", None, "ffn"), tiled=True
-  )
-  narrow = sharding.Gathered(
-    ("experts", "ffn", "embed"), ("experts", "ffn", None), tiled=True
-  )
+  wide = sharding.gathered(("experts", *layers.WIDE), tiled=True)
+  narrow = sharding.gathered(("experts", *layers.NARROW), tiled=True)
   (out_BTD,) = sharding.shard_call(
     run,
     (

@@ -12,7 +12,9 @@ from dsv32_jax.model import block as block_lib
 from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import layers
 
-# B batch, T tokens, D model width
+# B batch, T tokens, D model width, X both inputs' width
+
+_PROJECTION_AXES = (None, "embed")
 
 
 class MultiTokenPrediction(nnx.Module):
@@ -25,7 +27,7 @@ class MultiTokenPrediction(nnx.Module):
     self.projection = layers.parameter(
       rngs,
       (2 * config.width, config.width),
-      (None, "embed"),
+      _PROJECTION_AXES,
       scale=config.initializer_scale,
       dtype=dtype,
     )
@@ -50,8 +52,11 @@ class MultiTokenPrediction(nnx.Module):
       [self.embedding_norm(next_embedding_BTD), self.hidden_norm(hidden_BTD)],
       axis=-1,
     )
-    x_BTD = jnp.einsum(
-      "BTX,XD->BTD", joined, self.projection[...].astype(joined.dtype)
+    x_BTD = layers.product(
+      "BTX,XD->BTD",
+      joined,
+      self.projection[...].astype(joined.dtype),
+      _PROJECTION_AXES,
     )
     x_BTD, cache, results = self.block(x_BTD, sequence, options, inputs)
     return self.final_norm(x_BTD), cache, results

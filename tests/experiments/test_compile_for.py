@@ -37,7 +37,7 @@ def test_reports_a_step_on_forced_cpu_devices(tmp_path):
     "--topology=cpu:2",
     "--config=configs/tiny.py:pretrain",
     "--config.mesh.data=1",
-    "--config.mesh.expert=2",
+    "--config.mesh.context=2",
     "--config.data.batch_size=2",
     "--config.data.sequence_length=64",
     f"--output={output}",
@@ -47,12 +47,16 @@ def test_reports_a_step_on_forced_cpu_devices(tmp_path):
   assert (report["chips"], report["devices"]) == (2, 2)
   assert report["fits"] and report["hbm_bytes_per_device"] is None
   assert (report["global_batch"], report["sequence_length"]) == (2, 64)
-  # Half of the experts, and both moments beside the weights.
+  # Half of the weights and of both moments.
   assert report["argument_bytes_per_device"] > 0
   assert report["temporary_bytes_per_device"] > 0
   wanted = step_flops.count(presets.tiny(), stages.PRETRAIN, 2, 64)
   assert report["model_flops_per_step"] == wanted.total
-  assert report["collectives"], "two devices share nothing"
+  # Gradients of matrices go back in shares; whole go those of norms, which are
+  # a thousandth of the state.
+  moved = report["collective_bytes_per_device"]
+  assert moved["reduce-scatter"] > 0.2 * report["argument_bytes_per_device"]
+  assert moved["all-reduce"] < 1e-3 * report["argument_bytes_per_device"]
   assert report["sorts"] == 0
 
 
