@@ -115,6 +115,8 @@ def _base(domains, window=_WINDOW, **changes) -> run_config.RlConfig:
     episode_prompts=1 if asked and played else None,
     reward=_reward(_LENGTH_WEIGHT, reply),
     tokenizer=tokenizer.TokenizerConfig(vocab_size=_VOCAB, whole_format=True),
+    # Each stage starts its own, and these answers are soon scored.
+    scoring_workers=1,
     rollouts=48,
     prompts=8,
     group_size=8,
