@@ -47,9 +47,13 @@ def _agent(name, environment, **changes) -> post_training_config.DomainConfig:
 
 
 def _domains() -> tuple[post_training_config.DomainConfig, ...]:
-  """Each as small as it can be and still be one."""
+  """Each as small as it can be and still be one.
+
+  Calculations are of 2 numbers in mathematics and of 3 elsewhere, or what is
+  held out of one domain would be learned in another.
+  """
   agents = (
-    ("general_agent", "calculator", 2, 20),
+    ("general_agent", "calculator", 3, 9),
     ("agentic_coding", "repairs", 1, 9),
     ("agentic_search", "searches", 1, 16),
   )
@@ -167,7 +171,7 @@ def speciale() -> post_training.PostTrainingConfig:
   verifier and a meta-verifier that are scripts here. What is reported of them
   as pass@1 is the mean of that reward.
   """
-  proofs = mixture.TaskConfig(kind="proofs", size=2, largest=9)
+  proofs = mixture.TaskConfig(kind="proofs", size=3, largest=9)
   domains = tuple(
     dataclasses.replace(one, modes=("thinking",))
     for one in (*_reasoning_domains(), _reasoning("proofs", proofs))
@@ -197,7 +201,7 @@ def small() -> post_training.PostTrainingConfig:
     ),
     _agent(
       "general_agent",
-      episode_config.EnvironmentConfig(kind="calculator", size=2, largest=20),
+      episode_config.EnvironmentConfig(kind="calculator", size=3, largest=9),
       modes=("chat",),
       rollouts=20,
     ),
