@@ -82,9 +82,12 @@ def _sliced_logprobs(
       preferred_element_type=jnp.float32,
     )
     logits_BTV = logits_BTV / temperature
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)
+    # Summed, not gathered: the gradient of a gather is a scatter, for which a
+    # TPU's compiler sorts.
+    place_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
+    target_BT = jnp.sum(jnp.where(place_BTV, logits_BTV, 0), axis=-1)
     total_BT, entropy_BT = _log_total(logits_BTV, ids_BTK, bits_BTW)
-    return target_BT[..., 0] - total_BT, jax.lax.stop_gradient(entropy_BT)
+    return target_BT - total_BT, jax.lax.stop_gradient(entropy_BT)
 
   def cut(x):
     parts = x.reshape(batch, slices, length // slices, *x.shape[2:])

@@ -277,3 +277,19 @@ def test_logits_of_the_whole_batch_never_exist(monkeypatch):
   monkeypatch.setattr(logprobs.losses, "MAX_LOGITS", 2**26)
   program = jax.make_jaxpr(jax.grad(loss, (0, 1)))(*args)
   assert largest_array(program.jaxpr) >= hidden[..., 0].size * 70
+
+
+@pytest.mark.parametrize("form", ["bits", "none"])
+def test_gradients_scatter_nothing_for_which_a_tpu_would_sort(form):
+  hidden, kernel, targets, kept_BTV = head_example()
+  sets = logprobs.KeptSets() if form == "none" else as_sets(kept_BTV, form)
+
+  def loss(hidden, kernel):
+    logp, _ = logprobs.token_logprobs(
+      hidden, kernel, jnp.asarray(targets), kept=sets
+    )
+    return jnp.sum(logp)
+
+  args = [jnp.asarray(x, jnp.float32) for x in (hidden, kernel)]
+  program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*args))
+  assert "dot_general" in program and "scatter" not in program
