@@ -1,6 +1,7 @@
 """Stages of post-training, what they are made of, and what they forget."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 
@@ -14,6 +15,7 @@ from dsv32_jax.recipe import post_training_config
 from dsv32_jax.recipe import post_training_report
 from dsv32_jax.recipe import solved
 from dsv32_jax.rl import config as learner_config
+from dsv32_jax.rl import environments
 from dsv32_jax.rl import policy as policy_lib
 from dsv32_jax.training import optimizer
 from dsv32_jax.training import schedule
@@ -191,6 +193,17 @@ def test_a_start_learns_solutions_in_the_modes_of_its_domains(tmp_path):
       assert "calculate" in learnt and "function_results" not in learnt
       assert "function_results" in given
   assert count == dict.fromkeys((x.name for x in SMOKE.specialists), 12)
+
+
+def test_grpo_does_not_begin_with_what_the_start_has_seen_solved():
+  *_, one = configs.full().specialists[:-2]
+  rl = configs.full().specialist_rl(one)
+  seen = [x.id for x in itertools.islice(solved.tasks_of(rl, one), 60)]
+  drawn = environments.Tasks(one.environments, split="train", seed=rl.seed)
+  posed = [drawn.task(number).id for number in range(60)]
+  # There are few questions; by one seed all would be the same.
+  assert len(set(seen) & set(posed)) < 30
+  assert sum(x == y for x, y in zip(seen, posed)) < 6
 
 
 def test_the_mixture_has_one_program_for_all_stages():
