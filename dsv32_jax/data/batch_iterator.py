@@ -106,6 +106,7 @@ class BatchIterator:
       {
         "manifest": self._manifest,
         "num_streams": self.num_streams,
+        "first": self._process[0] * len(self._iterators),
         "num_batches": self._num_batches,
         "bad_records": self.bad_records.entries(),
         "positions": [iterator.get_state() for iterator in self._iterators],
@@ -117,7 +118,7 @@ class BatchIterator:
     """Goes to a saved position; the next batch is the one after it.
 
     Args:
-      *states: of `get_state`, of every process that saved, in their order.
+      *states: of `get_state`, of every process that saved.
 
     Raises:
       ValueError: a state is garbled, or was saved with other data, tokenizer
@@ -126,7 +127,12 @@ class BatchIterator:
     try:
       saved = [json.loads(state) for state in states]
       manifests = [dict(one["manifest"]) for one in saved]
-      positions = [place for one in saved for place in one["positions"]]
+      # Processes that take the same rows say the same.
+      positions = {
+        one["first"] + number: place
+        for one in saved
+        for number, place in enumerate(one["positions"])
+      }
       num_batches, num_streams = (
         saved[0][name] for name in ("num_batches", "num_streams")
       )
@@ -138,14 +144,14 @@ class BatchIterator:
         theirs = manifest.get(key)
         if theirs != ours:
           raise ValueError(_difference(key, theirs, ours))
-    if len(positions) != num_streams:
+    if sorted(positions) != list(range(num_streams)):
       raise ValueError(
-        f"data state is garbled: {len(positions)} of {num_streams} positions"
+        f"data state is garbled: positions {sorted(positions)} of {num_streams}"
       )
     self._follow(num_streams)
-    index, mine = self._process[0], len(self._iterators)
-    for iterator, position in zip(self._iterators, positions[index * mine :]):
-      iterator.set_state(position)
+    first = self._process[0] * len(self._iterators)
+    for number, iterator in enumerate(self._iterators, first):
+      iterator.set_state(positions[number])
     self._num_batches = num_batches
     self.bad_records.restore(bad_records)
 

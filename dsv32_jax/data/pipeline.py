@@ -135,7 +135,8 @@ def make_batches(
   Args:
     config: what to read and how.
     tokenizer: encodes the documents.
-    process_index: which share of the data this process takes.
+    process_index: which share of the data this process takes; several take
+      the same one where a mesh cuts rows across them.
     process_count: number of shares; divides the streams.
 
   Returns:

@@ -10,6 +10,7 @@ from dsv32_jax.data import batch as batch_lib
 from dsv32_jax.data import pipeline
 from dsv32_jax.data import sources as sources_lib
 from dsv32_jax.data import tokenizer as tokenizer_lib
+from dsv32_jax.training import placement
 from dsv32_jax.training import stages
 from dsv32_jax.training import step as step_lib
 
@@ -37,6 +38,7 @@ def read_batches(
   config: HeldOutConfig,
   data: pipeline.DataConfig,
   tokenizer: tokenizer_lib.Tokenizer,
+  share: placement.RowShare = placement.RowShare(0, 1),
 ) -> list[batch_lib.Batch]:
   """Returns this process's rows of the held-out batches.
 
@@ -44,6 +46,7 @@ def read_batches(
     config: what to read.
     data: the training's packing and size.
     tokenizer: of the training.
+    share: of the rows that this process reads.
 
   Raises:
     ValueError: if a source is unusable.
@@ -52,10 +55,7 @@ def read_batches(
     return []
   data = dataclasses.replace(data, sources=config.sources, num_epochs=None)
   with pipeline.make_batches(
-    data,
-    tokenizer,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    data, tokenizer, process_index=share.index, process_count=share.count
   ) as iterator:
     return list(itertools.islice(iterator, config.batches))
 

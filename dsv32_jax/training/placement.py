@@ -1,10 +1,51 @@
 """Where a stage's state lies on the mesh: as arrays, or only described."""
 
+from typing import NamedTuple
+
 from flax import nnx
 import jax
 
 from dsv32_jax import sharding
 from dsv32_jax.training import step as step_lib
+
+
+class RowShare(NamedTuple):
+  """Which rows of every batch a process has to read.
+
+  Attributes:
+    index: of the share.
+    count: shares that a batch divides into, of as many rows each.
+  """
+
+  index: int
+  count: int
+
+
+def row_share(layout: jax.sharding.Sharding, shape, process: int) -> RowShare:
+  """Finds the rows of a global batch that a process holds some tokens of.
+
+  Processes among which a mesh cuts the rows themselves have the same share.
+  Where processes hold rows that are not side by side, or not as many, all of
+  them read everything.
+
+  Args:
+    layout: of the batch.
+    shape: [B, T].
+    process: its index.
+  """
+  held: dict[int, set[int]] = {}
+  for device, index in layout.devices_indices_map(tuple(shape)).items():
+    rows = range(*index[0].indices(shape[0]))
+    held.setdefault(device.process_index, set()).update(rows)
+  size = len(held[process])
+  shares = {(min(rows) // size, len(rows)) for rows in held.values()}
+  are_whole = all(
+    rows == set(range(min(rows), min(rows) + size)) and min(rows) % size == 0
+    for rows in held.values()
+  )
+  if not are_whole or len(shares) * size != shape[0]:
+    return RowShare(0, 1)
+  return RowShare(min(held[process]) // size, len(shares))
 
 
 def first_state(model, stage, optimizer, mesh):

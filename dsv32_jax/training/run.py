@@ -137,11 +137,15 @@ class Run:
     self.config = config
     self.mesh = sharding.make_mesh(config.mesh)
     self.tokenizer = _tokenizer(config, workdir)
+    rows = (config.data.batch_size, config.data.sequence_length)
+    self._share = placement.row_share(
+      sharding.batch_sharding(self.mesh, rows), rows, jax.process_index()
+    )
     self.batches = pipeline.make_batches(
       config.data,
       self.tokenizer,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=self._share.index,
+      process_count=self._share.count,
     )
     self.checkpointer = checkpoint_lib.Checkpointer(
       os.path.join(workdir, "checkpoints"), config.checkpoint
@@ -156,7 +160,7 @@ class Run:
       self.config.data, streams=self.batches.num_streams
     )
     self._held_out = held_out_lib.read_batches(
-      self.config.held_out, data, self.tokenizer
+      self.config.held_out, data, self.tokenizer, self._share
     )
 
   def resume(self) -> int:
