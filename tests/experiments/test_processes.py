@@ -227,13 +227,45 @@ def test_a_run_of_two_processes_goes_on_in_one_and_then_in_two(
   # The same data: the position at the end is that of the whole run.
   got, want = manifest(folder, STEPS), manifest(whole, STEPS)
   assert got["process_notes"] == want["process_notes"]
+  assert_same_data(folder, whole, STEPS)
+
+
+def assert_same_data(folder, whole, steps):
+  """The same tokens, and losses within rounding."""
   rows, expected = (
-    metrics.read_rows(x / "metrics.jsonl") for x in (folder, whole)
+    [
+      row
+      for row in metrics.read_rows(one / "metrics.jsonl")
+      if row["step"] <= steps
+    ]
+    for one in (folder, whole)
   )
   for row, other in zip(rows, expected, strict=True):
     for name in ("step", "name", "tokens"):
       assert row.get(name) == other.get(name)
     np.testing.assert_allclose(row["loss"], other["loss"], rtol=RTOL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_processes_that_share_rows_read_the_same(
+  whole, tmp_path, no_process_is_left
+):
+  """Each has half of the tokens of all rows, in place of half of the rows."""
+  folder = tmp_path / "context"
+  both = start_two(
+    folder,
+    *(flag for flag in WHOLE if flag != f"--config.steps={STEPS}"),
+    f"--config.steps={EVERY}",
+    "--config.data.streams=2",
+    "--config.mesh.data=1",
+    "--config.mesh.context=2",
+  )
+  no_process_is_left.extend(both)
+  finish(*both, seconds=900)
+  assert_same_data(folder, whole, EVERY)
+  one, other = manifest(folder, EVERY)["process_notes"]
+  assert one == other and len(json.loads(one)["positions"]) == 2
 
 
 @pytest.mark.parametrize(
