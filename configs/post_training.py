@@ -150,12 +150,13 @@ def full() -> post_training.PostTrainingConfig:
     sft_optimizer=optimizer.OptimizerConfig(
       schedule=schedule.ScheduleConfig(peak=3e-3, warmup_steps=20)
     ),
-    solved=200,
-    start_steps=600,
-    distilled_steps=300,
+    solved=400,
+    start_steps=1000,
+    distilled_steps=200,
     sequence_length=_WINDOW,
     batch_size=16,
-    asked=64,
+    # Fewer accepted answers than this gives would be learned by heart.
+    asked=160,
     answers=2,
   )
 
@@ -225,7 +226,7 @@ def small() -> post_training.PostTrainingConfig:
     rl_order="both",
     mixed_rollouts=60,
     start_steps=400,
-    distilled_steps=150,
+    distilled_steps=100,
     sequence_length=window,
     batch_size=8,
   )
