@@ -81,9 +81,10 @@ def _domains() -> tuple[post_training_config.DomainConfig, ...]:
 def _reasoning_domains() -> tuple[post_training_config.DomainConfig, ...]:
   task = mixture.TaskConfig
   return (
-    _reasoning("mathematics", task(kind="arithmetic", size=2, largest=9)),
-    _reasoning("programming", task(kind="programs", size=1, largest=9)),
-    _reasoning("logic", task(kind="knights", size=2)),
+    _reasoning("mathematics", task(kind="arithmetic", size=2, largest=20)),
+    _reasoning("programming", task(kind="programs", size=2, largest=9)),
+    # Knights and knaves have few puzzles of 2 people, and long ones of 3.
+    _reasoning("logic", task(kind="brackets", size=6)),
   )
 
 

@@ -25,6 +25,8 @@ from dsv32_jax.data import sources
 from dsv32_jax.data import tokenizer as tokenizer_lib
 from dsv32_jax.distillation import config as distill_config
 from dsv32_jax.distillation import distill
+from dsv32_jax.distillation import episodes as distill_episodes
+from dsv32_jax.distillation import sampling as distill_sampling
 from dsv32_jax.recipe import post_training_config as config_lib
 from dsv32_jax.recipe import solved
 from dsv32_jax.rl import loop as rl_loop
@@ -53,8 +55,8 @@ def run(config: PostTrainingConfig, workdir: str, tell=print) -> dict:
     first, and `seconds` by part.
 
   Raises:
-    ValueError: if the folder holds another config, or a specialist solved
-      nothing that could be distilled.
+    ValueError: if the folder holds another config, a domain has not as many
+      problems as its specialists are asked, or no specialist solved anything.
     run_lib.Stopped: after a SIGTERM, once the state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
@@ -149,6 +151,7 @@ def _tokenizer_path(workdir):
 
 
 def _start(config, workdir):
+  check_enough(config, workdir)
   everything = config.stage_rl(config.specialists, 1)
   policy_lib.make_tokenizer(everything).save(_tokenizer_path(workdir))
   path = pathlib.Path(workdir, shown.SOLVED_FILE)
@@ -187,9 +190,23 @@ def _reinforce(config, workdir, name, start, rl):
   return evaluate(config, workdir, name)
 
 
-def _distill(config, workdir):
+def check_enough(config: PostTrainingConfig, workdir: str) -> None:
+  """Draws what specialists will be asked, before anything is trained.
+
+  Raises:
+    ValueError: naming a domain that has not as many problems.
+  """
+  settings = _distillation(config, workdir)
+  for one in settings.specialists:
+    if one.episodes is None:
+      distill_sampling.problems_of(one, settings.seed)
+    else:
+      distill_episodes.tasks_of(one, settings.seed)
+
+
+def _distillation(config, workdir) -> distill_config.DistillConfig:
   rl = config.rl
-  settings = distill_config.DistillConfig(
+  return distill_config.DistillConfig(
     specialists=tuple(
       distill_config.SpecialistConfig(
         name=one.name,
@@ -212,12 +229,15 @@ def _distill(config, workdir):
     # Other problems than those that the start has seen solved.
     seed=rl.seed + 1,
   )
+
+
+def _distill(config, workdir):
   folder = pathlib.Path(workdir, "distillation")
   folder.mkdir(exist_ok=True)
   load = functools.partial(
-    model_checkpoint.load_model, mesh=sharding.make_mesh(rl.mesh)
+    model_checkpoint.load_model, mesh=sharding.make_mesh(config.rl.mesh)
   )
-  return distill.distill(settings, folder, load)
+  return distill.distill(_distillation(config, workdir), folder, load)
 
 
 def evaluate(

@@ -304,3 +304,14 @@ def test_speciale_is_reasoning_with_proofs_and_hardly_a_penalty_on_length():
   )
   assert 0 < ours.weight < theirs.weight / 5
   assert dataclasses.replace(ours, weight=theirs.weight) == theirs
+
+
+@pytest.mark.parametrize("variant", ["full", "speciale", "small", "smoke"])
+def test_every_domain_has_the_problems_that_its_specialists_are_asked(
+  variant, tmp_path
+):
+  config = getattr(configs, variant)()
+  post_training.check_enough(config, str(tmp_path))
+  few = dataclasses.replace(config, asked=3000)
+  with pytest.raises(ValueError, match=r"has \d+ (problems|tasks), not 3000"):
+    post_training.check_enough(few, str(tmp_path))
