@@ -3,7 +3,8 @@
 python -m experiments.learned --config=configs/learned.py:lookups --workdir=DIR
 
 Variants: lookups (small general environments, nine families seen and three
-not), calculator (arithmetic with a tool), smoke (shows that it runs).
+not), calculator (arithmetic with a tool), repairs (a file to mend), searches
+(pages to search), smoke (shows that it runs).
 """
 
 import dataclasses
@@ -51,6 +52,11 @@ def look_ups() -> learned.LearnedConfig:
   )
 
 
+def small_environment(kind: str) -> learned.LearnedConfig:
+  run = rl.small_environment(kind, rollouts=40, prompts=8)
+  return _config(run, held_out=200, sft_steps=400)
+
+
 def smoke() -> learned.LearnedConfig:
   config = look_ups()
   return dataclasses.replace(
@@ -64,5 +70,11 @@ def smoke() -> learned.LearnedConfig:
 
 
 def get_config(variant: str = "lookups"):
-  variants = {"lookups": look_ups, "calculator": calculator, "smoke": smoke}
+  variants = {
+    "lookups": look_ups,
+    "calculator": calculator,
+    "repairs": lambda: small_environment("repairs"),
+    "searches": lambda: small_environment("searches"),
+    "smoke": smoke,
+  }
   return common.config_variant(variants, variant)

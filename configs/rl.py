@@ -5,10 +5,11 @@ python -m experiments.train_rl --config=configs/rl.py:tiny --workdir=DIR \
   --config.tokenizer.path=START/tokenizer.json
 
 Variants: tiny, tiny_async (sampling and learning side by side), small; episodes
-of several turns in environments: calculator, calculator_async, lookups; single
-answers and episodes at once: mixed, mixed_async. Without init_from they start
-from fresh weights, which solve nothing; for episodes, experiments.learned makes
-a start. The stabilisers are switches:
+of several turns in environments: calculator, calculator_async, lookups, repairs
+(agentic coding in small), searches (agentic search in small); single answers
+and episodes at once: mixed, mixed_async. Without init_from they start from
+fresh weights, which solve nothing; for episodes, experiments.learned makes a
+start. The stabilisers are switches:
 --config.learner.grpo.unbiased_kl=False
 --config.learner.grpo.off_policy_threshold=None
 --config.learner.keep_routing=False
@@ -189,6 +190,19 @@ def look_ups(**changes) -> run_config.RlConfig:
   return episodes(one, vocab_size=512, window=448, **changes)
 
 
+# Few constants in what is mended: a tiny model learns last to copy them.
+_LARGEST = {"repairs": 3, "searches": 12}
+
+
+def small_environment(kind: str, **changes) -> run_config.RlConfig:
+  """Repairs or searches in the smallest size, with few tokens a call."""
+  one = episode_config.EnvironmentConfig(
+    kind=kind, size=1, largest=_LARGEST[kind]
+  )
+  words = tokenizer.TokenizerConfig(vocab_size=512, whole_format=True)
+  return episodes(one, vocab_size=512, window=192, tokenizer=words, **changes)
+
+
 def get_config(variant: str = "tiny"):
   def small():
     return rl_config(
@@ -214,6 +228,8 @@ def get_config(variant: str = "tiny"):
     "calculator": calculator,
     "calculator_async": lambda: calculator(max_staleness=1),
     "lookups": look_ups,
+    "repairs": lambda: small_environment("repairs"),
+    "searches": lambda: small_environment("searches"),
     "mixed": mixed,
     "mixed_async": lambda: mixed(max_staleness=1),
   }

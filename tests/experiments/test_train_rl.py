@@ -24,7 +24,16 @@ def run_program(workdir, *flags):
 
 @pytest.mark.parametrize(
   "variant",
-  ["tiny", "tiny_async", "small", "calculator", "calculator_async", "lookups"],
+  [
+    "tiny",
+    "tiny_async",
+    "small",
+    "calculator",
+    "calculator_async",
+    "lookups",
+    "repairs",
+    "searches",
+  ],
 )
 def test_configs_hold_runs(variant):
   config = config_files.build(run_config.RlConfig, rl.get_config(variant))
