@@ -13,7 +13,8 @@ CASES = [[1, 2], [3, 4]]
 
 @pytest.fixture(scope="module", params=attacks.BACKENDS)
 def tried(request):
-  with functions.Functions(attacks.make(request.param)) as made:
+  box = attacks.make(request.param)
+  with functions.Functions(box, seconds=4.0) as made:
     yield lambda program: made.call(program, "f", CASES)
 
 

@@ -19,9 +19,8 @@ from dsv32_jax.agents.sandbox import probing
 from dsv32_jax.agents.sandbox import run
 from dsv32_jax.agents.sandbox import worker as worker_lib
 
+# What computes without end meets this one, however busy the machine is.
 _CPU_SECONDS = 0.5
-# A busy machine takes its time.
-_WALL_SECONDS = 3.0
 # For the sandbox itself to answer, beyond what the program may take.
 _ANSWER_SECONDS = 5.0
 
@@ -47,13 +46,20 @@ class Functions:
   The sandbox is started by the first call, and anew after one that ended it.
   """
 
-  def __init__(self, box: run.Sandbox):
-    """Takes the sandbox; nothing is started yet."""
+  def __init__(self, box: run.Sandbox, *, seconds: float = 8.0):
+    """Takes the sandbox; nothing is started yet.
+
+    Args:
+      box: where programs run.
+      seconds: of wall time that a program may take. On a busy machine even a
+        right one takes its time, and only what waits needs this limit.
+    """
+    self._seconds = seconds
     self._worker = worker_lib.Worker(
       box,
       run.read_program("forked.py"),
       limits=limits_lib.Limits(
-        wall_seconds=_WALL_SECONDS + _ANSWER_SECONDS,
+        wall_seconds=seconds + _ANSWER_SECONDS,
         cpu_seconds=None,
         memory_bytes=256 << 20,
         processes=8,
@@ -72,14 +78,25 @@ class Functions:
       name: of the function.
       cases: arguments of each call, of JSON.
     """
-    return _outputs(self._worker.call("values", _order(program, name, cases)))
+    order = self._order(program, name, cases)
+    return _outputs(self._worker.call("values", order))
 
   async def call_async(
     self, program: str, name: str, cases: Sequence[Sequence[Any]]
   ) -> Outputs:
     """Is `call` in a thread."""
-    order = _order(program, name, cases)
+    order = self._order(program, name, cases)
     return _outputs(await self._worker.call_async("values", order))
+
+  def _order(self, program, name, cases):
+    return {
+      # What has no UTF-8 form is no program: a mistake of whoever wrote it.
+      "program": program.encode("utf-8", "replace").decode(),
+      "name": name,
+      "cases": [list(case) for case in cases],
+      "cpu_seconds": _CPU_SECONDS,
+      "seconds": self._seconds,
+    }
 
   def close(self) -> None:
     """Ends the sandbox; the next call would start another."""
@@ -114,17 +131,6 @@ def _of_process(pid: int) -> Functions:
 
   atexit.register(close)
   return made
-
-
-def _order(program, name, cases):
-  return {
-    # What has no UTF-8 form is no program: a mistake of whoever wrote it.
-    "program": program.encode("utf-8", "replace").decode(),
-    "name": name,
-    "cases": [list(case) for case in cases],
-    "cpu_seconds": _CPU_SECONDS,
-    "seconds": _WALL_SECONDS,
-  }
 
 
 def _outputs(reply: worker_lib.Reply) -> Outputs:
