@@ -86,7 +86,8 @@ def rl_config(
         max_batch=max_batch,
         page_size=16,
         num_pages=2 * max_batch * -(-(row_length + 1) // 16),
-        prefill_chunk=32,
+        # Of 32, 64 and 128 the quickest, tiny and lookups.
+        prefill_chunk=64,
         max_length=row_length + 1,
       ),
       max_tokens=max_tokens,
