@@ -188,7 +188,11 @@ def mixed(**changes) -> run_config.RlConfig:
 def look_ups(**changes) -> run_config.RlConfig:
   """Small general environments; three families of them are kept out."""
   one = episode_config.EnvironmentConfig(kind="lookups", domains=SEEN)
-  return episodes(one, vocab_size=512, window=448, **changes)
+  # Of 273 tokens at most, against 412 without whole texts of the format.
+  words = tokenizer.TokenizerConfig(vocab_size=768, whole_format=True)
+  return episodes(
+    one, vocab_size=768, window=304, tokenizer=words, **changes
+  )
 
 
 # Few constants in what is mended: a tiny model learns last to copy them.
