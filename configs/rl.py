@@ -190,9 +190,7 @@ def look_ups(**changes) -> run_config.RlConfig:
   one = episode_config.EnvironmentConfig(kind="lookups", domains=SEEN)
   # Of 273 tokens at most, against 412 without whole texts of the format.
   words = tokenizer.TokenizerConfig(vocab_size=768, whole_format=True)
-  return episodes(
-    one, vocab_size=768, window=304, tokenizer=words, **changes
-  )
+  return episodes(one, vocab_size=768, window=304, tokenizer=words, **changes)
 
 
 # Few constants in what is mended: a tiny model learns last to copy them.
