@@ -3,8 +3,9 @@
 python -m experiments.learned --config=configs/learned.py:lookups --workdir=DIR
 
 Variants: lookups (small general environments, nine families seen and three
-not), calculator (arithmetic with a tool), repairs (a file to mend), searches
-(pages to search), smoke (shows that it runs).
+not), renamed (half of them in words made up for each), calculator (arithmetic
+with a tool), repairs (a file to mend), searches (pages to search), smoke (shows
+that it runs).
 """
 
 import dataclasses
@@ -44,11 +45,16 @@ def calculator() -> learned.LearnedConfig:
   )
 
 
-def look_ups() -> learned.LearnedConfig:
+def look_ups(**changes) -> learned.LearnedConfig:
   unseen = episode_config.EnvironmentConfig(kind="lookups", domains=rl.UNSEEN)
-  return _config(
-    rl.look_ups(rollouts=120, prompts=8), unseen=(unseen,), sft_steps=2000
-  )
+  run = rl.look_ups(rollouts=120, prompts=8, **changes)
+  return _config(run, unseen=(unseen,), sft_steps=2000)
+
+
+def renamed() -> learned.LearnedConfig:
+  """Names that cannot be learned by heart have to be read and copied."""
+  config = look_ups(renamed=True, window=352)
+  return dataclasses.replace(config, solved=6000)
 
 
 def small_environment(kind: str) -> learned.LearnedConfig:
@@ -71,6 +77,7 @@ def smoke() -> learned.LearnedConfig:
 def get_config(variant: str = "lookups"):
   variants = {
     "lookups": look_ups,
+    "renamed": renamed,
     "calculator": calculator,
     "repairs": lambda: small_environment("repairs"),
     "searches": lambda: small_environment("searches"),

@@ -185,12 +185,27 @@ def mixed(**changes) -> run_config.RlConfig:
   )
 
 
-def look_ups(**changes) -> run_config.RlConfig:
-  """Small general environments; three families of them are kept out."""
+def look_ups(
+  *, renamed: bool = False, window: int = 304, **changes
+) -> run_config.RlConfig:
+  """Small general environments; three families of them are kept out.
+
+  Args:
+    renamed: whether as many more have words of their own, made up for each.
+    window: tokens of an episode. Those of families trained on take up to 273,
+      against 412 without whole texts of the format; of others up to 333.
+    **changes: fields of the run.
+  """
   one = episode_config.EnvironmentConfig(kind="lookups", domains=SEEN)
-  # Of 273 tokens at most, against 412 without whole texts of the format.
+  others = dataclasses.replace(one, renamed=True, name="renamed")
   words = tokenizer.TokenizerConfig(vocab_size=768, whole_format=True)
-  return episodes(one, vocab_size=768, window=304, tokenizer=words, **changes)
+  found = episodes(
+    one, vocab_size=768, window=window, tokenizer=words, **changes
+  )
+  if not renamed:
+    return found
+  both = dataclasses.replace(found.episodes, environments=(one, others))
+  return dataclasses.replace(found, episodes=both)
 
 
 # Few constants in what is mended: a tiny model learns last to copy them.

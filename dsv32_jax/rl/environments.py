@@ -215,7 +215,8 @@ def _lookups(config):
   names = config.domains or tuple(lookups.DOMAINS)
 
   def draw(generator):
-    record = lookups.draw(generator.choice(names), generator)
+    name = generator.choice(names)
+    record = lookups.draw(name, generator, config.renamed)
     return _general_task(record, record["tasks"][0])
 
   return draw

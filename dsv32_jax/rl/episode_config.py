@@ -35,6 +35,8 @@ class EnvironmentConfig:
     largest: number in an expression or a file; of a search, how many names of
       each kind there are.
     domains: of the look-ups, or of the general ones to be used; () for all.
+    renamed: of the look-ups: whether each environment has words of its own in
+      the place of its domain's, so that names cannot be learned by heart.
     path: folder of the synthesis with the general ones.
     weight: share of the tasks, relative to the other kinds.
     name: of its domain, in metrics and for KL weights; "": as its tasks say.
@@ -45,6 +47,7 @@ class EnvironmentConfig:
   size: int = 3
   largest: int = 20
   domains: tuple[str, ...] = ()
+  renamed: bool = False
   path: str = ""
   weight: float = 1.0
   name: str = ""
@@ -67,6 +70,8 @@ class EnvironmentConfig:
           f"size={self.size} of kind={self.kind!r} must be {sizes[0]} to"
           f" {sizes[-1]}, largest={self.largest} {numbers[0]} to {numbers[-1]}"
         )
+    if self.renamed and self.kind != "lookups":
+      raise ValueError(f"renamed is for kind='lookups', not {self.kind!r}")
     unknown = set(self.domains) - set(LOOKUP_DOMAINS)
     if self.kind == "lookups" and unknown:
       raise ValueError(

@@ -19,23 +19,32 @@ from dsv32_jax.agents.synthesis.general import toolset as toolset_lib
 KINDS = ("own", "parent", "count", "above")
 _PARENTS, _CHILDREN = (2, 3), (1, 3)
 _OWN_COLUMNS, _PARENT_COLUMNS = 2, 1
+# Of words that are made up.
+_CONSONANTS = tuple("bcdfghjklmnprstvwz") + ("ch", "sh", "st", "tr")
+_VOWELS = ("a", "e", "i", "o", "u", "an", "er", "in", "or")
 quote = read_only.quote
 
 # A domain with a fixed toolset has too many tools.
 DOMAINS = {one.name: one for one in domains.DOMAINS if not one.fixed}
 
 
-def draw(domain_name: str, rng: random.Random) -> dict[str, Any]:
+def draw(
+  domain_name: str, rng: random.Random, renamed: bool = False
+) -> dict[str, Any]:
   """Draws an environment's record with one task.
 
   Args:
     domain_name: a key of DOMAINS.
     rng: source of choices.
+    renamed: whether words made up for this environment alone stand in the place
+      of the domain's, in tools and data.
 
   Returns:
     A record that `general.GeneralEnvironment` takes, as of the pipeline.
   """
   domain = _variant(DOMAINS[domain_name], rng)
+  if renamed:
+    domain = _renamed(domain, rng)
   rows = database.draw_rows(domain, rng)
   child = domain.tables[1]
   toolset = toolset_lib.Toolset(
@@ -73,6 +82,38 @@ def _variant(domain: schema.Domain, rng: random.Random) -> schema.Domain:
     small(child, _OWN_COLUMNS, _CHILDREN),
   )
   return dataclasses.replace(domain, tables=tables, grids=())
+
+
+def _renamed(domain: schema.Domain, rng: random.Random) -> schema.Domain:
+  """Another word for every table, column, choice and name of a row."""
+  taken: set[str] = set()
+
+  def word():
+    while True:
+      syllables = rng.choices(_CONSONANTS, k=rng.randint(2, 3))
+      found = "".join(a + rng.choice(_VOWELS) for a in syllables)
+      if found not in taken:
+        taken.add(found)
+        return found
+
+  def column(one):
+    choices = tuple(word() for _ in one.choices)
+    return dataclasses.replace(one, name=word(), unit="", choices=choices)
+
+  names = {table.name: word() for table in domain.tables}
+  tables = tuple(
+    dataclasses.replace(
+      table,
+      name=names[table.name],
+      plural=f"{names[table.name]}s",
+      parent=table.parent and names[table.parent],
+      pattern="{0} {1}",
+      words=tuple([word().title() for _ in range(4)] for _ in range(2)),
+      columns=tuple(map(column, table.columns)),
+    )
+    for table in domain.tables
+  )
+  return dataclasses.replace(domain, tables=tables)
 
 
 def _task(domain, rows, rng) -> tasks.Draft:
