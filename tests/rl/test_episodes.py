@@ -105,11 +105,12 @@ def test_general_environments_are_held_out_whole(tmp_path):
     environments.Tasks((some,), split="train", seed=0)
 
 
+@pytest.mark.parametrize("renamed", [False, True])
 @pytest.mark.parametrize("domain", list(lookups.DOMAINS))
-def test_look_ups_accept_their_solution_and_nothing_else(domain):
+def test_look_ups_accept_their_solution_and_nothing_else(domain, renamed):
   rng = random.Random(domain)
   for _ in range(12):
-    record = lookups.draw(domain, rng)
+    record = lookups.draw(domain, rng, renamed)
     (task,) = record["tasks"]
     calls = solving.solution_calls(record, task)
     environment = general.GeneralEnvironment(record, task)
@@ -122,6 +123,26 @@ def test_look_ups_accept_their_solution_and_nothing_else(domain):
     wrong = answer + 1 if isinstance(answer, int | float) else answer + "s"
     assert not environment.accepts(json.dumps({"answer": wrong}))
     environment.connection.close()
+
+
+@pytest.mark.parametrize("domain", list(lookups.DOMAINS))
+def test_renamed_look_ups_share_no_word_with_their_domain(domain):
+  own = {
+    word
+    for table in lookups.DOMAINS[domain].tables
+    for name in (table.name, *(column.name for column in table.columns))
+    for word in name.split("_")
+  }
+  rng, names = random.Random(domain), []
+  for _ in range(20):
+    record = lookups.draw(domain, rng, renamed=True)
+    tools = [spec["name"] for spec in record["tools"]]
+    words = set("_".join(tools[:-1]).split("_"))
+    words -= {"get", "count", "of", "by"}
+    assert not words & own
+    names.append(words)
+  # Nor with one another, but for a coincidence.
+  assert sum(bool(a & b) for a, b in itertools.pairwise(names)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -347,6 +368,7 @@ def test_bad_runs(change, message):
     (dict(kind="general"), "path=''"),
     (dict(kind="calculator", path="x"), "path='x'"),
     (dict(kind="lookups", domains=("no",)), r"domains=\('no',\) must be of"),
+    (dict(kind="calculator", renamed=True), "renamed is for kind='lookups'"),
     (dict(kind="calculator", size=1), "terms=1"),
     (dict(kind="calculator", weight=0.0), "weight=0.0"),
     (dict(kind="repairs", size=7), "size=7 of kind='repairs' must be 1 to 6"),

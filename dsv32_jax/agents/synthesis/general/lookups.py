@@ -20,7 +20,7 @@ KINDS = ("own", "parent", "count", "above")
 _PARENTS, _CHILDREN = (2, 3), (1, 3)
 _OWN_COLUMNS, _PARENT_COLUMNS = 2, 1
 # Of words that are made up.
-_CONSONANTS = tuple("bcdfghjklmnprstvwz") + ("ch", "sh", "st", "tr")
+_CONSONANTS = (*"bcdfghjklmnprstvwz", "ch", "sh", "st", "tr")
 _VOWELS = ("a", "e", "i", "o", "u", "an", "er", "in", "or")
 quote = read_only.quote
 
