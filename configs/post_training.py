@@ -54,7 +54,9 @@ def _domains() -> tuple[post_training_config.DomainConfig, ...]:
   """
   agents = (
     ("general_agent", "calculator", 3, 9),
-    ("agentic_coding", "repairs", 1, 9),
+    # Of constants up to 9 a start learns 6% in the time in which it learns 38%
+    # of these: copying a number comes last.
+    ("agentic_coding", "repairs", 1, 3),
     ("agentic_search", "searches", 1, 16),
   )
   return (
