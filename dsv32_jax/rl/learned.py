@@ -116,8 +116,9 @@ def fine_tune(config: LearnedConfig, workdir: str):
   path = os.path.join(workdir, SOLVED_FILE)
   rl, folder = config.rl, os.path.join(workdir, "sft")
   if not os.path.exists(path):
+    # GRPO begins with tasks that were not shown.
     tasks = environments.Tasks(
-      rl.episodes.environments, split="train", seed=rl.seed
+      rl.episodes.environments, split="train", seed=rl.seed + 1
     )
     numbered = (tasks.task(number) for number in range(config.solved))
     demonstrations.write(rl.episodes, numbered, pathlib.Path(path))

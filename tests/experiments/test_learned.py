@@ -7,6 +7,7 @@ import pytest
 
 from configs import learned as configs
 from dsv32_jax import config_files
+from dsv32_jax.rl import environments
 from dsv32_jax.rl import learned
 from tests.support import programs
 
@@ -73,5 +74,12 @@ def test_it_runs_and_goes_on(tmp_path):
     assert report[group]["grpo"]["asked"] == 4
     assert f"{group} families after grpo" in done.stdout
   assert [row["version"] for row in report["curve"]] == [0, 1]
+  rl = config_files.build(learned.LearnedConfig, configs.get_config("smoke")).rl
+  rows = (tmp_path / "run" / learned.SOLVED_FILE).read_text().splitlines()
+  drawn = environments.Tasks(
+    rl.episodes.environments, split="train", seed=rl.seed
+  )
+  practised = {drawn.task(n).id for n in range(rl.rollouts * rl.prompts)}
+  assert not practised & {json.loads(row)["id"] for row in rows}
   again = run_program(tmp_path / "run")
   assert again.returncode == 0 and again.stdout == done.stdout
