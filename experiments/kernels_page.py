@@ -64,7 +64,7 @@ copies takes longer than the rest of it.
 MEMORY = """## Temporary memory
 
 Of a whole call, forward and gradient, what XLA does around the kernels
-included: GB of a device.
+included (`--noalone`): GB of a device. The target is at most 4.
 """
 PRODUCTS = """## Products of the experts
 
