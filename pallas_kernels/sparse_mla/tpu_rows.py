@@ -72,14 +72,14 @@ def chip_of(kind):
   """Returns the `Chip` of a `jax.Device.device_kind`, as `this_chip` does."""
   kind = kind.lower()
   # Vector memory is 128 MiB on v5e and v6e, and 64 MiB on v5p and 7x.
-  if any(name in kind for name in ("lite", "v5e", "v6e")):
+  if kind.startswith(("tpu v5 lite", "tpu v5e", "tpu v6")):
     return Chip(
       forward_keys=65536,
       backward_keys=24576,
-      pairs="v6" in kind,
+      pairs=kind.startswith("tpu v6"),
       additions=8,
     )
-  if "7" in kind:
+  if kind.startswith(("tpu7", "tpu v7")):
     return Chip(pairs=True, additions=8)
   return Chip()
 

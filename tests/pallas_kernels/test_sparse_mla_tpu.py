@@ -183,6 +183,11 @@ def test_every_name_of_a_generation_is_one_chip(generation):
   assert (chips.pop().forward_keys == 32768) == small
 
 
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA GeForce RTX 3070"])
+def test_what_is_no_tpu_is_taken_for_a_v5p(kind):
+  assert rows.chip_of(kind) == rows.chip_of("TPU v5p") == rows.Chip()
+
+
 def test_other_dtypes_are_refused():
   arrays, indices, _ = draw(ODD)
   wide = [a.astype(jnp.float32) for a in arrays]
