@@ -259,7 +259,7 @@ def _made_validator(name: str, parameters: Mapping[str, Any]):
     raise ValueError(f"tool {name=} is not of the form {_NAME.pattern}")
   if not isinstance(parameters, Mapping) or parameters.get("type") != "object":
     raise ValueError(f"tool {name!r}: parameters are no schema of an object")
-  for reference in _references(parameters):
+  for reference in references(parameters):
     if not reference.startswith("#"):
       raise ValueError(f"tool {name!r}: {reference=} leads outside the schema")
   schema = dict(parameters)
@@ -271,7 +271,7 @@ def _made_validator(name: str, parameters: Mapping[str, Any]):
     resolver = registry.resolver_with_root(
       referencing.Resource.from_contents(schema, DRAFT)
     )
-    for reference in _references(schema):
+    for reference in references(schema):
       resolver.lookup(reference)
   except jsonschema.SchemaError as error:
     raise ValueError(f"tool {name!r}: {error.message}") from error
@@ -280,7 +280,7 @@ def _made_validator(name: str, parameters: Mapping[str, Any]):
   return validator
 
 
-def _references(schema: Any) -> Iterable[str]:
+def references(schema: Any) -> Iterable[str]:
   """Yields what `$ref` and `$dynamicRef` anywhere in a schema refer to."""
   waiting = [schema]
   while waiting:

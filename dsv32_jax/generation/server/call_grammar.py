@@ -15,6 +15,7 @@ from typing import Any
 
 from dsv32_jax.agents import chat_format
 from dsv32_jax.agents import chat_parse
+from dsv32_jax.agents import tools as tools_lib
 from dsv32_jax.generation.server import schema_parts
 
 # What a schema may say besides what it demands.
@@ -99,7 +100,10 @@ def _properties(tool: schema_parts.ToolFunction) -> Mapping[str, Any]:
     raise ValueError(f"{where}: {name!r} is not supported beside properties")
   if _DSML in _json(schema):
     raise ValueError(f"{where}: parameters hold {_DSML!r}, a mark of calls")
-  _check_references(schema, where)
+  # A parameter's schema becomes a root of its own, with the same definitions.
+  for reference in tools_lib.references(schema):
+    if not _DEFINITION.fullmatch(reference):
+      raise ValueError(f"{where}: {reference=} is no definition of it")
   for name in properties:
     if not name or '"' in name or not name.isprintable():
       raise ValueError(f"{where}: {name!r} cannot name a parameter")
@@ -172,23 +176,6 @@ def _resolved(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
   if isinstance(schema, bool):
     return {} if schema else {"not": {}}
   return schema
-
-
-def _check_references(schema: Any, where: str) -> None:
-  """Raises where a reference leads to anything but a definition of the root.
-
-  A parameter's schema becomes a root of its own, with the same definitions.
-  """
-  left = [schema]
-  while left:
-    one = left.pop()
-    if isinstance(one, dict):
-      target = one.get("$ref")
-      if isinstance(target, str) and not _DEFINITION.fullmatch(target):
-        raise ValueError(f"{where}: $ref={target!r} is no definition of it")
-      left.extend(one.values())
-    elif isinstance(one, list):
-      left.extend(one)
 
 
 def _strings(part: Mapping[str, Any]) -> list[str] | None:

@@ -48,7 +48,7 @@ class ChatStream:
 
   Attributes:
     num_calls: tool calls that were given out.
-    is_malformed: whether calls began that are none, or not to their end.
+    is_malformed: whether what began as a call, or stood behind one, is none.
   """
 
   def __init__(
@@ -85,8 +85,6 @@ class ChatStream:
   def finish(self) -> Delta:
     """Returns what was held back; the reply is over."""
     rest, self._text = self._text, ""
-    if self.is_full:
-      return Delta()
     if self._read == self._reasoning:
       return Delta(reasoning=rest)
     if self._read == self._calls:
