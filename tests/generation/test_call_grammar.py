@@ -7,11 +7,8 @@ import pytest
 
 from dsv32_jax.agents import chat
 from dsv32_jax.agents import chat_format
-from dsv32_jax.data import tokenizer as tokenizers
-from dsv32_jax.generation.server import constraints
-from dsv32_jax.generation.server import json_grammar
+from dsv32_jax.generation.server import call_grammar
 from dsv32_jax.generation.server import schema_parts
-from dsv32_jax.generation.server import schemas
 from tests.support import constrained
 
 EOS = str(chat_format.EOS)
@@ -50,24 +47,13 @@ BOUNDED = parameters(
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-  return tokenizers.train(["hi there, what is it?"] * 5, 300)
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer):
-  return json_grammar.JsonGrammars(tokenizer)
-
-
 def function(schema, name="f", strict=True):
   return schema_parts.ToolFunction(name=name, parameters=schema, strict=strict)
 
 
 def constraint_of(grammars, *functions, forced=False, most=None):
-  return grammars.calls(
-    functions, forced=forced, most_calls=most, thinking=False
-  )()
+  rules = call_grammar.CallRules(functions, forced, most)
+  return grammars.calls(rules, thinking=False)()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -160,9 +146,8 @@ def test_one_call_and_a_forced_one(grammars, tokenizer):
 
 
 def test_thinking_comes_before_and_is_free(grammars, tokenizer):
-  new = grammars.calls(
-    [function(parameters(BOTH))], forced=True, most_calls=None, thinking=True
-  )
+  rules = call_grammar.CallRules([function(parameters(BOTH))], forced=True)
+  new = grammars.calls(rules, thinking=True)
   text = f"{MARK} thinks what{chat_format.THINK_END}" + reply(("f", GOOD))
   assert keeps(new(), tokenizer, text)
   bad = text.replace('string="false">3', 'string="true">3')
@@ -198,17 +183,3 @@ def test_schemas_that_are_not_strict(grammars, schema, message):
   with pytest.raises(ValueError, match=f"tools: .*{message}") as told:
     constraint_of(grammars, function(schema))
   assert "\n" not in str(told.value)
-
-
-def test_a_strict_reply_has_an_end(grammars, tokenizer):
-  tool = {"type": "function", "function": {"name": "f", "strict": True}}
-  request = schemas.ChatRequest.model_validate(
-    {
-      "model": "m",
-      "messages": [{"role": "user", "content": "hi"}],
-      "tools": [tool],
-      "ignore_eos": True,
-    }
-  )
-  with pytest.raises(ValueError, match="ignore_eos=true"):
-    constraints.maker(request, tokenizer, grammars, thinking=False)

@@ -6,9 +6,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.generation.server import constraints
-from dsv32_jax.generation.server import json_grammar
 from dsv32_jax.generation.server import schemas
 from tests.support import constrained
 
@@ -23,16 +21,6 @@ SCHEMA = {
   "required": ["id", "kind", "tags", "note"],
   "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-  return tokenizers.train(["hi there, what is it?"] * 5, 300)
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer):
-  return json_grammar.JsonGrammars(tokenizer)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -82,13 +70,21 @@ def test_what_the_schema_forbids_ends_the_answer_as_a_failure(
   assert constraint.failure
 
 
-def test_a_strict_reply_ends_with_its_text(grammars, tokenizer):
+TOOL = {"type": "function", "function": {"name": "f", "strict": True}}
+
+
+@pytest.mark.parametrize(
+  "asked",
+  [{"response_format": {"type": "json_object"}}, {"tools": [TOOL]}],
+  ids=["text", "calls"],
+)
+def test_a_strict_reply_has_an_end(grammars, tokenizer, asked):
   request = schemas.ChatRequest.model_validate(
     {
       "model": "m",
       "messages": [{"role": "user", "content": "hi"}],
-      "response_format": {"type": "json_object"},
       "ignore_eos": True,
+      **asked,
     }
   )
   with pytest.raises(ValueError, match="ignore_eos=true"):

@@ -14,7 +14,6 @@ import pytest
 
 from dsv32_jax import sharding
 from dsv32_jax.agents import chat_format
-from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.generation import engine as engine_lib
 from dsv32_jax.generation.server import app as app_lib
 from dsv32_jax.generation.server import json_grammar
@@ -29,11 +28,6 @@ USER = {"role": "user", "content": "hi there, what is it?"}
 TOOLS = [
   {"type": "function", "function": {"name": name}} for name in ("add", "adds")
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-  return tokenizers.train(["hi there, what is it?"] * 5, 300)
 
 
 @pytest.fixture(scope="module")

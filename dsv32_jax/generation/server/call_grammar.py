@@ -11,7 +11,7 @@ reply that does is told as one that failed.)
 from collections.abc import Iterator, Mapping, Sequence
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsv32_jax.agents import chat_format
 from dsv32_jax.agents import chat_parse
@@ -38,28 +38,35 @@ KEY: /[^"<\\x00-\\x1f]+/
 )
 
 
-def lark(
-  tools: Sequence[schema_parts.ToolFunction],
-  *,
-  forced: bool,
-  most_calls: int | None,
-  options: Mapping[str, Any],
-) -> str:
+class CallRules(NamedTuple):
+  """Which calls a reply may have.
+
+  Attributes:
+    tools: that may be called; calls of strict ones keep to their schemas.
+    forced: whether one has to be called, and nothing be said before.
+    most_calls: 1, or None: any number.
+  """
+
+  tools: Sequence[schema_parts.ToolFunction]
+  forced: bool = False
+  most_calls: int | None = None
+
+
+def lark(rules: CallRules, options: Mapping[str, Any]) -> str:
   """Returns the grammar of a reply, without thinking.
 
   Args:
-    tools: that may be called.
-    forced: whether one has to be called, and nothing be said before.
-    most_calls: 1, or None: any number.
+    rules: that its calls keep to.
     options: `x-guidance` of JSON.
 
   Raises:
     ValueError: a strict tool's parameters are not as strict ones have to be.
   """
+  tools, forced, most_calls = rules
   begin = _text(chat_parse.CALLS_START) if forced else "pre"
   # Every part takes the line end before it along: the longest text that could
   # be a literal is taken for it.
-  rules = [
+  lines = [
     f"start: {'' if forced else 'PLAIN | '}{begin} calls",
     f"calls: {_text('>')} call{'' if most_calls == 1 else '+'} {_CALLS_CLOSE}",
     "call: " + " | ".join(f"call{n}" for n in range(len(tools))),
@@ -72,9 +79,9 @@ def lark(
     if tool.strict:
       names = [f"call{number}_{n}" for n in range(len(_properties(tool)))]
       inner = " ".join([*names, _CALL_CLOSE]) if names else _EMPTY
-      rules += _parameters(tool, names, options)
-    rules.append(f"call{number}: {opening} {inner}")
-  return "\n".join(rules) + _TERMINALS
+      lines += _parameters(tool, names, options)
+    lines.append(f"call{number}: {opening} {inner}")
+  return "\n".join(lines) + _TERMINALS
 
 
 def _properties(tool: schema_parts.ToolFunction) -> Mapping[str, Any]:

@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.generation import requests
+from dsv32_jax.generation.server import call_grammar
 from dsv32_jax.generation.server import forced_calls
-from dsv32_jax.generation.server import schema_parts
 from dsv32_jax.generation.server import schemas
 
 Maker = Callable[[], requests.Constraint | None]
@@ -21,12 +21,7 @@ class Grammars(Protocol):
     """Returns a function that makes a constraint for each answer."""
 
   def calls(
-    self,
-    tools: Sequence[schema_parts.ToolFunction],
-    *,
-    forced: bool,
-    most_calls: int | None,
-    thinking: bool,
+    self, rules: call_grammar.CallRules, *, thinking: bool
   ) -> Callable[[], requests.Constraint]:
     """The same for a reply whose calls keep to strict tools."""
 
@@ -78,9 +73,9 @@ def _strict_calls(request, grammars, names: Sequence[str], thinking) -> Maker:
       " --strict_schemas"
     )
   functions = [tool.function for tool in request.active_tools]
-  return grammars.calls(
+  rules = call_grammar.CallRules(
     [one for one in functions if not names or one.name in names],
     forced=bool(names),
     most_calls=request.most_calls,
-    thinking=thinking,
   )
+  return grammars.calls(rules, thinking=thinking)

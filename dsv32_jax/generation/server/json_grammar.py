@@ -17,7 +17,6 @@ from dsv32_jax.agents import chat_format
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.generation.server import call_grammar
 from dsv32_jax.generation.server import forced_calls
-from dsv32_jax.generation.server import schema_parts
 
 # W words of 32 tokens
 
@@ -68,29 +67,20 @@ class JsonGrammars:
     return self._maker(matcher, self._known, self._forbidden, thinking)
 
   def calls(
-    self,
-    tools: Sequence[schema_parts.ToolFunction],
-    *,
-    forced: bool,
-    most_calls: int | None,
-    thinking: bool,
+    self, rules: call_grammar.CallRules, *, thinking: bool
   ) -> Callable[[], "JsonConstraint"]:
     """Returns a function that makes a constraint for each answer.
 
     Args:
-      tools: that may be called; calls of strict ones keep to their schemas.
-      forced: whether one has to be called.
-      most_calls: 1, or None: any number.
+      rules: that calls keep to.
       thinking: whether the answer begins with thinking, which is free.
 
     Raises:
       ValueError: a strict tool's schema is none, or has what no grammar can
         keep to.
     """
-    text = call_grammar.lark(
-      tools, forced=forced, most_calls=most_calls, options=_OPTIONS
-    )
-    for tool in tools:
+    text = call_grammar.lark(rules, _OPTIONS)
+    for tool in rules.tools:
       for schema in call_grammar.json_schemas(tool) if tool.strict else ():
         self._of_schema(schema, "tools")
     matcher = self._matcher(
