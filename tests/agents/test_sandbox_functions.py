@@ -42,12 +42,22 @@ def test_values(tried):
     ("import os\nf = lambda a, b: os.fork()", "BlockingIOError"),
     ("f = lambda a, b: exit(0)", "SystemExit: 0"),
     ("f = '\udc80'", "not callable"),
+    (
+      "def f(a, b): raise ValueError(chr(0xD800) + '\\n' + 'x' * 999)",
+      ": ? xxx",
+    ),
+    (
+      'import json\njson.dumps = lambda *_, **__: \'{"error": "a\\\\nb"}\''
+      "\nf = max",
+      "a b",
+    ),
   ],
 )
 def test_what_a_program_does_wrong_is_told(tried, program, error):
   found = tried(program)
   assert found.values is None and not found.ended
   assert error in found.error and "\n" not in found.error
+  assert len(found.error.encode()) <= 300
 
 
 @pytest.mark.parametrize(
@@ -94,6 +104,47 @@ def test_the_next_program_meets_nothing_of_the_last(tried, program):
   tried(seen)
   assert tried(ADD).values == [3, 7]
   assert tried(seen).values == ["[1, 2]", "[3, 4]"]
+
+
+@pytest.mark.parametrize(
+  "program",
+  [
+    # What fills the folder would end whoever comes next.
+    "for n in range(12): open(f'{n}', 'wb').write(bytes(80_000))",
+    "import os\nfor n in range(12): os.mkdir(f'{n}')",
+    "open('/dev/shm/left', 'w').write('x')",
+    "import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+    "import os\nos.sched_setscheduler("
+    "os.getppid(), os.SCHED_IDLE, os.sched_param(0))",
+    "import os\nos.sched_setaffinity("
+    "os.getppid(), [min(os.sched_getaffinity(0))])",
+    "open('full', 'wb').write(bytes(3_000_000))",
+  ],
+)
+def test_a_program_leaves_nothing_around_the_next(tried, program):
+  seen = (
+    "import os\ndef names(folder):\n  try:\n    return os.listdir(folder)"
+    "\n  except OSError:\n    return None\n"
+    "f = lambda a, b: [names('.'), names('/dev/shm'), os.sched_getscheduler(0),"
+    " os.getpriority(os.PRIO_PROCESS, 0), sorted(os.sched_getaffinity(0))]"
+  )
+  before = tried(seen)
+  assert before.values[0][0] == []
+  tried(program)
+  # Long enough for its surroundings to be looked at.
+  slow = "import time\nend = time.monotonic() + 0.2"
+  slow += "\nwhile time.monotonic() < end: pass\n"
+  assert tried(slow + ADD).values == [3, 7]
+  tried(program)
+  assert tried(seen) == before
+
+
+def test_a_program_cannot_open_the_memory_of_the_process_that_stays(tried):
+  program = (
+    "import os\ndef f(a, b):\n  try:\n    open(f'/proc/{os.getppid()}/mem',"
+    " 'r+b')\n  except PermissionError:\n    return 0\n  return 1"
+  )
+  assert tried(program).values == [0, 0]
 
 
 def test_many_wait_for_each_other():

@@ -84,6 +84,30 @@ def test_repairs_are_what_their_files_say():
     assert shown[1].startswith(f"{broken.name}(") and "\n" not in shown[1]
 
 
+@pytest.mark.parametrize(
+  "text, shown",
+  [
+    # Deeper than Python's own representation of lists goes.
+    ("import json\njson.dumps = lambda *_, **__: TEXT\n", "is list, not"),
+    ("raise ValueError(chr(0xD800))\n", "ValueError: ?"),
+  ],
+)
+def test_values_of_any_form_are_wrong_and_no_fault_of_the_environment(
+  text, shown
+):
+  environment, _ = next(drawn("repairs", 1, 1))
+  module = environment.task.modules[0]
+  nested = "[" * 900 + "]" * 900
+  values = ",".join([nested] + ["0"] * (len(module.tests) - 1))
+  text = text.replace("TEXT", repr(f'{{"values": [{values}]}}'))
+  call = {"file": module.file, "old": "def ", "new": f"{text}def "}
+  seen, reward = asyncio.run(
+    play(environment, [("edit", call), ("run_tests", {})])
+  )
+  assert seen[1] == "done" and shown in seen[2].splitlines()[0]
+  assert reward == 0
+
+
 def answer_of(task):
   """Follows a question through the pages by their words alone."""
   text = " ".join(re.sub(r" \(p\d\)", "", x.text) for x in task.documents)

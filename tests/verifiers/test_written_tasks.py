@@ -215,6 +215,23 @@ def test_instructions_have_more_than_one_right_answer():
     assert rules.broken(text) == broken, text
 
 
+def test_letters_that_only_look_like_those_of_the_words_break_a_rule():
+  rules = instructions.Rules(
+    words=("king", "moon"),
+    count=1,
+    without="moon",
+    case="in capital letters",
+    order="",
+    separator="spaces",
+    ending="",
+  )
+  assert rules.broken("KING") == []
+  # The sign of the kelvin, whose small letter is k.
+  assert rules.broken("\u212aING") == ["case"]
+  for text in ("", " ", "KI\u200bNG", "\u200bKING", "K\u0130NG"):
+    assert "words" in rules.broken(text), text
+
+
 ALL_KINDS = {
   "arithmetic": 3,
   "sorting": 4,

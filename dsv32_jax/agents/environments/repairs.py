@@ -172,7 +172,16 @@ def _differences(
   if len(values) != len(tests):
     return [f"{name}: {len(values)} answers to {len(tests)} calls"]
   return [
-    f"{name}({', '.join(map(str, case))}) is {str(value)[:20]}, not {wanted}"
+    f"{name}({', '.join(map(str, case))}) is {_shown(value)}, not {wanted}"
     for (case, wanted), value in zip(tests, values)
     if type(value) is not int or value != wanted
   ]
+
+
+def _shown(value: object) -> str:
+  """Shortens JSON; nested as it may be, no nesting is followed."""
+  return (
+    type(value).__name__
+    if isinstance(value, list | dict)
+    else (str(value)[:20])
+  )

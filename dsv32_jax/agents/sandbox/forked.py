@@ -2,9 +2,12 @@
 
 Stdlib only: the text of this file is what `functions.Functions` serves. This
 process runs nothing that a model wrote. A child does, with memory of its own,
-without this process's descriptors, and without a right to children.
+without this process's descriptors, and without a right to children. It could
+still write into this process by way of /proc, were that not forbidden, and
+leave files or priorities to the next one; where it did, the caller is told.
 """
 
+import ctypes
 import json
 import os
 import resource
@@ -15,6 +18,36 @@ import time
 _MOST_BYTES = 1 << 16
 _MOST_DESCRIPTORS = 4096
 _CPU_SIGNALS = (signal.SIGPROF, signal.SIGXCPU)
+# Folders in which a child may be able to write.
+_FOLDERS = (".", "/dev/shm")
+_PR_SET_DUMPABLE = 4
+
+
+def _forbid_writing_into_this_process() -> None:
+  """Closes /proc/PID/mem to processes of the same user."""
+  if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
+    raise OSError("the process cannot be closed to its children")
+
+
+def _surroundings() -> list:
+  """What a child can change of what the next one meets."""
+  return [
+    *map(_names, _FOLDERS),
+    os.sched_getscheduler(0),
+    os.getpriority(os.PRIO_PROCESS, 0),
+    os.sched_getaffinity(0),
+  ]
+
+
+def _names(folder):
+  try:
+    return os.listdir(folder)
+  except OSError:
+    return None
+
+
+_forbid_writing_into_this_process()
+_AT_FIRST = _surroundings()
 
 
 def values(
@@ -30,7 +63,8 @@ def values(
     seconds: of wall time, likewise for the whole.
 
   Returns:
-    ["answer", text as the child wrote it], or ["ended", why it wrote none].
+    ["answer", text as the child wrote it], or ["ended", why it wrote none], and
+    behind it whether this process is still as it was for the next program.
   """
   reader, writer = os.pipe()
   child = os.fork()
@@ -49,7 +83,8 @@ def values(
     over = "cpu" if number in _CPU_SIGNALS else f"signal {number}"
   if not over and not text:
     over = "exit"
-  return ["ended", over] if over else ["answer", text.decode(errors="replace")]
+  told = ["ended", over] if over else ["answer", text.decode(errors="replace")]
+  return [*told, _surroundings() == _AT_FIRST]
 
 
 def _read(reader, deadline):

@@ -23,6 +23,7 @@ from dsv32_jax.agents.sandbox import worker as worker_lib
 _CPU_SECONDS = 0.5
 # For the sandbox itself to answer, beyond what the program may take.
 _ANSWER_SECONDS = 5.0
+_ERROR_CHARS = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ class Outputs:
 class Functions:
   """Tries functions in one sandbox, one after the other; a context manager.
 
-  The sandbox is started by the first call, and anew after one that ended it.
+  The sandbox is started by the first call, and anew after one that ended it or
+  left something in it.
   """
 
   def __init__(self, box: run.Sandbox, *, seconds: float = 8.0):
@@ -66,6 +68,7 @@ class Functions:
         disk_bytes=1 << 20,
         files=16,
       ),
+      is_spent=_is_spent,
     )
 
   def call(
@@ -135,13 +138,18 @@ def _of_process(pid: int) -> Functions:
 
 def _outputs(reply: worker_lib.Reply) -> Outputs:
   match reply.value:
-    case ["answer", str(text)]:
+    case ["answer", str(text), _]:
       return _read(text)
-    case ["ended", str(over)]:
+    case ["ended", str(over), _]:
       return Outputs(error=f"the program was ended: {over}", ended=over)
   # The sandbox itself is gone, or could not make a child.
   over = reply.error or "no answer"
   return Outputs(error=over, ended=over)
+
+
+def _is_spent(value) -> bool:
+  """Tells whether a program left something to the next one."""
+  return value[-1:] != [True]
 
 
 def _read(text):
@@ -152,9 +160,15 @@ def _read(text):
   match found:
     case {"values": list(values)}:
       return Outputs(values=values)
-    case {"error": str(error)} if error:
-      return Outputs(error=error)
+    case {"error": str(error)} if error.strip():
+      return Outputs(error=_line(error))
   return Outputs(error="the program wrote something else", ended="output")
+
+
+def _line(text):
+  """What a program wrote, as a line that can be shown and stored."""
+  line = " ".join(text.split())[:_ERROR_CHARS]
+  return line.encode("utf-8", "replace").decode()
 
 
 def _refuse(constant):

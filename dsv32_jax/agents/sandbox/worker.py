@@ -1,6 +1,6 @@
 """A process that stays: functions that a model wrote, called many times."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import socket
@@ -149,6 +149,7 @@ class Worker:
     *,
     limits: limits_lib.Limits | None = None,
     files: Mapping[str, str | bytes] | None = None,
+    is_spent: Callable[[Any], bool] = lambda value: False,
   ):
     """Takes the text of a Python module; nothing is started yet.
 
@@ -159,6 +160,8 @@ class Worker:
       limits: `wall_seconds` is of a call; None: no bound of the CPU time, as
         that is of a whole life, and else as ever.
       files: given to each process in its folder.
+      is_spent: tells from what a call returned that no other call is to meet
+        this process.
     """
     if not isinstance(source, str):
       raise ValueError(f"{type(source)=} must be a string")
@@ -166,6 +169,7 @@ class Worker:
     self._source = source
     self._limits = limits or limits_lib.Limits(cpu_seconds=None)
     self._files = files
+    self._is_spent = is_spent
     self._connection = None
     self._calls = 0
     self._lock = threading.Lock()
@@ -225,6 +229,9 @@ class Worker:
     answer, reason = self._connection.exchange(message, seconds, cancelled)
     match answer:
       case [self._calls, "value", value]:
+        # Of call 0 is what the module's start returned.
+        if self._calls and self._is_spent(value):
+          self._drop()
         return Reply(value=value)
       case [self._calls, "error", str(error)] if error:
         return Reply(error=error)

@@ -62,7 +62,10 @@ class Rules:
       "words": len(set(lower)) == len(lower) and set(lower) <= set(self.words),
       "count": len(parts) == self.count,
       "without": self.without not in lower,
-      "case": all(part == _CASES[self.case](part) for part in parts),
+      # Some letters beyond ASCII have one of the words' as their small form.
+      "case": all(
+        part.isascii() and part == _CASES[self.case](part) for part in parts
+      ),
       "order": reverse is None or lower == sorted(lower, reverse=reverse),
       "ending": text.strip().endswith(self.ending),
     }
