@@ -5,11 +5,9 @@ import itertools
 import os
 import signal
 
-import jax
 import numpy as np
 import pytest
 
-from dsv32_jax import sharding
 from dsv32_jax.agents import limits
 from dsv32_jax.rl import environments
 from dsv32_jax.rl import episode_config
@@ -67,21 +65,6 @@ def mixed_run(**changes):
     row_lengths=(159,),
   )
   return rl_runs.config(**(defaults | changes))
-
-
-def few_tokens(config, tokenizer):
-  """A fresh model ends its replies once in a while, if it has few tokens."""
-  kept = [tokenizer.eos_id, *(tokenizer.encode(x)[0] for x in "abcd")]
-  return tuple(set(range(config.model.vocab_size)) - set(kept))
-
-
-@pytest.fixture
-def fresh_models_play(monkeypatch):
-  make_mesh = sharding.make_mesh
-  monkeypatch.setattr(
-    sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1])
-  )
-  monkeypatch.setattr(episodes, "banned_ids", few_tokens)
 
 
 def train(config, folder):
