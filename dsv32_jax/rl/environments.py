@@ -52,7 +52,9 @@ class EpisodeTask:
   """What an episode is about.
 
   Attributes:
-    id: the same for the same content.
+    id: the same for the same task.
+    key: decides its split; tasks that teach the same share it, and with them
+      a problem of single answers.
     domain: for KL weights and metrics.
     thinking: whether replies think first; None: as the run's episodes do.
     make: gives the environment of one episode.
@@ -60,6 +62,7 @@ class EpisodeTask:
   """
 
   id: str
+  key: str
   domain: str
   make: Callable[[], protocol.Environment]
   solve: Callable[[], list[Action]]
@@ -117,24 +120,13 @@ class Tasks:
     config = self._configs[place]
     for _ in range(_PATIENCE):
       task = self._draws[place](generator)
-      if is_held_out(task) == self._held_out:
+      if problem_lib.holds_out(task.key) == self._held_out:
         return dataclasses.replace(
           task, domain=config.name or task.domain, thinking=config.thinking
         )
     raise ValueError(
       f"{config.kind} has no task with held_out={self._held_out}"
     )
-
-
-def is_held_out(task: EpisodeTask) -> bool:
-  """Tells whether a task is for evaluation only: one in eight is."""
-  # Of a general one the environment alone, since its tasks share their data; of
-  # a repair what the file has to do.
-  content = task.id.partition("/")[0]
-  number = int.from_bytes(
-    hashlib.blake2b(content.encode(), digest_size=8).digest()
-  )
-  return number % problem_lib.HELD_OUT_SHARE == 0
 
 
 def with_thoughts(calls: Sequence[tuple[str, dict[str, Any]]]) -> list[Action]:
@@ -172,6 +164,7 @@ def _calculator_task(problem: problem_lib.Problem) -> EpisodeTask:
 
   return EpisodeTask(
     id=one.id,
+    key=one.id,
     domain="calculator",
     make=lambda: calculator.CalculatorEnvironment(one),
     solve=solve,
@@ -190,6 +183,8 @@ def _repairs(config):
     drawn = repairs.draw(config.size, config.largest, generator)
     return EpisodeTask(
       id=drawn.task.id,
+      # The file says in words, as a program's question does, what to write.
+      key=problem_lib.key_of("programs", drawn.content),
       domain="repairs",
       make=lambda: repair_environment.RepairEnvironment(drawn.task),
       solve=lambda: _actions(drawn.solution),
@@ -201,8 +196,10 @@ def _repairs(config):
 def _searches(config):
   def draw(generator):
     task = searches.draw(config.size, config.largest, generator)
+    content = f"search {task.content}"
     return EpisodeTask(
-      id=f"search {task.content}",
+      id=content,
+      key=content,
       domain="searches",
       make=lambda: searches.SmallSearchEnvironment(task),
       solve=lambda: _actions(task.solution()),
@@ -245,6 +242,8 @@ def _general_task(record, task) -> EpisodeTask:
   ).hexdigest()
   return EpisodeTask(
     id=f"{record['fingerprint']}/{statement[:16]}",
+    # Tasks of an environment share their data.
+    key=record["fingerprint"],
     domain=record["domain"],
     make=functools.partial(general.GeneralEnvironment, record, task),
     solve=lambda: with_thoughts(solving.solution_calls(record, task)),

@@ -6,13 +6,12 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 
-import jax
 import numpy as np
 import pytest
 
-from dsv32_jax import sharding
 from dsv32_jax.agents import cold_start
 from dsv32_jax.agents import conversation as conversations
 from dsv32_jax.agents import loop as agent_loop
@@ -34,6 +33,7 @@ from dsv32_jax.training import metrics
 from dsv32_jax.training import run
 from dsv32_jax.verifiers import length
 from dsv32_jax.verifiers import reward
+from dsv32_jax.verifiers import tasks
 from tests.support import rl_runs
 
 CALCULATOR = episode_config.EnvironmentConfig(
@@ -84,6 +84,24 @@ def test_no_function_or_answer_is_in_both_splits(config):
     )
   train, held_out = contents
   assert len(train) > 200 and len(held_out) > 40 and not train & held_out
+
+
+def test_what_a_repair_teaches_to_write_is_of_the_split_of_its_program():
+  """Files and questions say a function in the same words."""
+  repair = episode_config.EnvironmentConfig(kind="repairs", size=1, largest=3)
+  program = tasks.TaskConfig(kind="programs", size=2, largest=3)
+  said, asked = {}, {}
+  for split in ("train", "held_out"):
+    drawn = environments.Tasks((repair,), split=split, seed=0)
+    texts = (drawn.task(n).make().task.modules[0].text for n in range(200))
+    said[split] = {text.splitlines()[0].removeprefix("# ") for text in texts}
+    posed = tasks.Mixture((program,), split=split, seed=0)
+    questions = (posed.problem(n).question for n in range(200))
+    asked[split] = {re.search("and c: (.*?)\\. Put", x)[1] for x in questions}
+  assert len(said["train"] & asked["train"]) > 10
+  assert len(said["held_out"] & asked["held_out"]) > 10
+  assert not said["train"] & asked["held_out"]
+  assert not asked["train"] & said["held_out"]
 
 
 def test_general_environments_are_held_out_whole(tmp_path):
@@ -279,21 +297,6 @@ def small_run(**changes):
     rollouts=4,
   )
   return rl_runs.config(**(defaults | changes))
-
-
-def short_replies(config, tokenizer):
-  """A fresh model ends its replies once in a while, if it has few tokens."""
-  kept = [tokenizer.eos_id, *(tokenizer.encode(x)[0] for x in "abcd")]
-  return tuple(set(range(config.model.vocab_size)) - set(kept))
-
-
-@pytest.fixture
-def fresh_models_play(monkeypatch):
-  make_mesh = sharding.make_mesh
-  monkeypatch.setattr(
-    sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1])
-  )
-  monkeypatch.setattr(episodes, "banned_ids", short_replies)
 
 
 @pytest.mark.slow

@@ -76,8 +76,22 @@ class Task(Protocol):
 
 def is_held_out(problem: Problem) -> bool:
   """Tells whether a problem is for evaluation only."""
-  name = f"{problem.task}\n{problem.content}".encode()
-  number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
+  return holds_out(key_of(problem.task, problem.content))
+
+
+def key_of(task: str, content: str) -> str:
+  """What decides the split of all that teaches to solve a problem.
+
+  Args:
+    task: name of the problem's generator.
+    content: as of Problem.
+  """
+  return f"{task}\n{content}"
+
+
+def holds_out(key: str) -> bool:
+  """Tells whether what has this key is for evaluation only: one in eight is."""
+  number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
   return number % HELD_OUT_SHARE == 0
 
 

@@ -20,9 +20,16 @@ Call = tuple[str, dict[str, str], str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawn:
-  """A task and the name, arguments and thought of each call that solves it."""
+  """A task and what solves it.
+
+  Attributes:
+    task: that was drawn.
+    content: of what the wrong file has to do, as `expressions` names it.
+    solution: name, arguments and thought of each call.
+  """
 
   task: repairs.RepairTask
+  content: str
   solution: tuple[Call, ...]
 
 
@@ -33,9 +40,6 @@ def draw(num_files: int, largest: int, generator: random.Random) -> Drawn:
     num_files: up to len(NAMES).
     largest: constant in a function.
     generator: source of choices.
-
-  Returns:
-    The task, whose id begins with what its function has to do, up to a "/".
   """
   wanted = expressions.draw(_STEPS, largest, generator)
   broken, *others = generator.sample(NAMES, num_files)
@@ -50,11 +54,16 @@ def draw(num_files: int, largest: int, generator: random.Random) -> Drawn:
     function = expressions.draw(1, largest, generator)
     modules.append(_module(name, function, function))
   generator.shuffle(modules)
+  content = wanted.fingerprint()
   task = repairs.RepairTask(
-    id=f"repair {wanted.fingerprint()}/{written.python()} {num_files}",
+    id=f"repair {content}/{written.python()} {num_files}",
     modules=tuple(modules),
   )
-  return Drawn(task=task, solution=_solution(broken, wanted, written, modules))
+  return Drawn(
+    task=task,
+    content=content,
+    solution=_solution(broken, wanted, written, modules),
+  )
 
 
 def _module(name, wanted, written) -> repairs.Module:
