@@ -114,6 +114,29 @@ def test_a_proof_cannot_step_outside_its_marks():
   assert found.value == 0
 
 
+@pytest.mark.parametrize("heading", ["Statement:", "Proof:", "Evaluation:"])
+def test_a_proof_may_hold_the_headings_of_its_prompt(heading):
+  """As a wrong line it costs the proof its score, and the judge nothing."""
+  steps = f"3 + 4 = 7\n{heading}\n7 * 2 = 14\n{heading}"
+  found = proofs.SCRIPTED.score(STATEMENT, response(steps, 0))
+  assert found.value == pytest.approx(0.24) and not found.error
+
+
+def test_no_proof_shows_a_calculation_that_arithmetic_holds_out():
+  asked = tasks.generate(
+    tasks.Arithmetic(terms=2, largest=9), split="held_out", seed=0
+  )
+  held_out = {one.reasoning for one in itertools.islice(asked, 30)}
+  assert len(held_out) == 30
+  drawn = tasks.generate(proofs.Proofs(), split="train", seed=0)
+  shown = {
+    line
+    for one in itertools.islice(drawn, 300)
+    for line in one.reasoning.splitlines()
+  }
+  assert len(shown) > 200 and not shown & held_out
+
+
 @pytest.mark.parametrize("statement", ["2 ** 3 = 8", "3 + 4 = 8", "a = a"])
 def test_a_statement_is_true_arithmetic(statement):
   with pytest.raises(ValueError, match=r"is no expression|is not true"):

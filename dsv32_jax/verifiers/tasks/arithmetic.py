@@ -50,11 +50,16 @@ class Arithmetic:
     sign = generator.choice("+-*")
     value = {"+": left + right, "-": left - right, "*": left * right}[sign]
     steps.append(f"{left} {sign} {right} = {value}")
-    contents = [_bracketed(left_content), _bracketed(right_content)]
-    if sign != "-":
-      contents.sort()
     text = f"{_bracketed(left_text)} {sign} {_bracketed(right_text)}"
-    return text, f" {sign} ".join(contents), value
+    return text, content_of(left_content, sign, right_content), value
+
+
+def content_of(left: str, sign: str, right: str) -> str:
+  """Of an expression with these sides: with those of + or * in an order."""
+  contents = [_bracketed(left), _bracketed(right)]
+  if sign != "-":
+    contents.sort()
+  return f" {sign} ".join(contents)
 
 
 def _bracketed(text):

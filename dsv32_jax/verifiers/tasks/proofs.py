@@ -72,6 +72,12 @@ def _evaluated(node, steps) -> int:
   return steps[-1][-1]
 
 
+def _is_held_out(step) -> bool:
+  left, sign, right, _ = step
+  content = arithmetic.content_of(str(left), sign, str(right))
+  return problem.holds_out(problem.key_of("arithmetic", content))
+
+
 def _analysis(text: str, value: float) -> dict[str, str]:
   content = (
     f"{proof_lib.EVALUATION} {text}\n{proof_lib.FINAL_SCORE}"
@@ -147,16 +153,23 @@ class Proofs:
     arithmetic.Arithmetic(terms=self.terms, largest=self.largest)
 
   def draw(self, generator: random.Random) -> problem.Problem:
-    """Draws a statement; with sides of + or * swapped it is the same."""
+    """Draws a statement; with sides of + or * swapped it is the same.
+
+    No step of its proof is a calculation that arithmetic holds out.
+    """
     calculation = arithmetic.Arithmetic(terms=self.terms, largest=self.largest)
-    drawn = calculation.draw(generator)
-    text = drawn.question.removeprefix("What is ").partition("?")[0]
+    while True:
+      drawn = calculation.draw(generator)
+      text = drawn.question.removeprefix("What is ").partition("?")[0]
+      statement = f"{text} = {drawn.answer}"
+      if not any(map(_is_held_out, steps_of(statement))):
+        break
     solution = drawn.reasoning
     return ProofProblem(
       task="proofs",
       content=drawn.content,
       question=(
-        f"Prove that {text} = {drawn.answer}. Write the proof under"
+        f"Prove that {statement}. Write the proof under"
         f' "{proof_lib.SOLUTION}", a step a line, and under'
         f' "{proof_lib.SELF_EVALUATION}" judge it.'
       ),
@@ -165,6 +178,6 @@ class Proofs:
         f"{proof_lib.EVALUATION} {_RIGHT}\n{proof_lib.FINAL_SCORE} \\boxed{{1}}"
       ),
       reasoning=solution,
-      statement=f"{text} = {drawn.answer}",
+      statement=statement,
       judge=self.judge,
     )
