@@ -16,8 +16,8 @@ import tqdm
 from dsv32_jax import config_files
 from dsv32_jax.distillation import config as config_lib
 from dsv32_jax.distillation import distill
-from dsv32_jax.training import loop
 from dsv32_jax.training import model_checkpoint
+from dsv32_jax.training import run_folder
 from experiments import common
 
 common.define_common_flags()
@@ -27,7 +27,7 @@ def main(argv):
   del argv
   config = config_files.build(config_lib.DistillConfig, flags.FLAGS.config)
   workdir = pathlib.Path(common.require_workdir())
-  loop.claim_folder(config, str(workdir), distill.MAY_CHANGE)
+  run_folder.claim(config, str(workdir), distill.MAY_CHANGE)
   report = distill.distill(
     config,
     workdir,

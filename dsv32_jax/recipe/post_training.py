@@ -35,7 +35,7 @@ from dsv32_jax.rl import policy as policy_lib
 from dsv32_jax.rl import shown
 from dsv32_jax.training import loop
 from dsv32_jax.training import model_checkpoint
-from dsv32_jax.training import run as run_lib
+from dsv32_jax.training import run_folder
 from dsv32_jax.verifiers import reward as reward_lib
 
 PostTrainingConfig = config_lib.PostTrainingConfig
@@ -57,10 +57,10 @@ def run(config: PostTrainingConfig, workdir: str, tell=print) -> dict:
   Raises:
     ValueError: if the folder holds another config, a domain has not as many
       problems as its specialists are asked, or no specialist solved anything.
-    run_lib.Stopped: after a SIGTERM, once the state is saved.
+    training.run.Stopped: after a SIGTERM, once the state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
-  loop.claim_folder(config, workdir, frozenset())
+  run_folder.claim(config, workdir, frozenset())
   found, seconds = {}, {}
 
   def part(name, compute):
@@ -147,7 +147,7 @@ def _folder(workdir, name):
 
 
 def _tokenizer_path(workdir):
-  return os.path.join(workdir, run_lib.TOKENIZER_FILE)
+  return os.path.join(workdir, run_folder.TOKENIZER_FILE)
 
 
 def _start(config, workdir):

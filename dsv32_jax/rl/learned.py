@@ -30,7 +30,7 @@ from dsv32_jax.training import loop as training_loop
 from dsv32_jax.training import metrics as metrics_lib
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import optimizer as optimizer_lib
-from dsv32_jax.training import run as run_lib
+from dsv32_jax.training import run_folder
 
 SOLVED_FILE = "solved.jsonl"
 
@@ -80,9 +80,9 @@ def run(config: LearnedConfig, workdir: str) -> dict[str, Any]:
     run.Stopped: after a SIGTERM, once the state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
-  training_loop.claim_folder(config, workdir, frozenset())
+  run_folder.claim(config, workdir, frozenset())
   groups = _groups(config)
-  tokenizer = os.path.join(workdir, run_lib.TOKENIZER_FILE)
+  tokenizer = os.path.join(workdir, run_folder.TOKENIZER_FILE)
   if not os.path.exists(tokenizer):
     policy_lib.make_tokenizer(config.rl).save(tokenizer)
   rl = dataclasses.replace(

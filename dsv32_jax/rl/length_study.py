@@ -21,7 +21,7 @@ from dsv32_jax.rl import shown
 from dsv32_jax.training import loop as training_loop
 from dsv32_jax.training import metrics as metrics_lib
 from dsv32_jax.training import optimizer as optimizer_lib
-from dsv32_jax.training import run as run_lib
+from dsv32_jax.training import run_folder
 
 SOLVED_FILE = "solved.jsonl"
 # Arm -> the reward of the config, which has the penalty.
@@ -80,7 +80,7 @@ def solved_rows(config: LengthConfig):
 
 def fine_tune(config: LengthConfig, workdir: str) -> dict[str, int]:
   """Makes the model that both arms start from, in `start/checkpoints`."""
-  tokenizer = os.path.join(workdir, run_lib.TOKENIZER_FILE)
+  tokenizer = os.path.join(workdir, run_folder.TOKENIZER_FILE)
   policy_lib.make_tokenizer(config.rl).save(tokenizer)
   path = os.path.join(workdir, SOLVED_FILE)
   with open(path, "w", encoding="utf-8") as file:
@@ -107,7 +107,7 @@ def reinforce(config: LengthConfig, arm: str, workdir: str):
     reward=ARMS[arm](config.rl.reward),
     init_from=os.path.join(workdir, "start", "checkpoints"),
     tokenizer=dataclasses.replace(
-      config.rl.tokenizer, path=os.path.join(workdir, run_lib.TOKENIZER_FILE)
+      config.rl.tokenizer, path=os.path.join(workdir, run_folder.TOKENIZER_FILE)
     ),
   )
   loop.train(rl, folder, title=arm, root=workdir)
@@ -143,7 +143,7 @@ def compare(config: LengthConfig, seed: int, workdir: str) -> dict[str, Any]:
   config = dataclasses.replace(config, rl=rl)
   folder = os.path.join(workdir, f"seed_{seed}")
   os.makedirs(folder, exist_ok=True)
-  training_loop.claim_folder(config, folder, frozenset())
+  run_folder.claim(config, folder, frozenset())
 
   def part(name, compute):
     path = os.path.join(folder, f"{name.replace(' ', '_')}.json")

@@ -17,9 +17,9 @@ from dsv32_jax.rl import mixed
 from dsv32_jax.rl import policy as policy_lib
 from dsv32_jax.rl import run_config
 from dsv32_jax.rl import sampling
-from dsv32_jax.training import loop as training_loop
 from dsv32_jax.training import metrics as metrics_lib
 from dsv32_jax.training import run as run_lib
+from dsv32_jax.training import run_folder
 from dsv32_jax.training import stop_signal
 from dsv32_jax.verifiers import reward as reward_lib
 
@@ -49,7 +49,7 @@ def train(
     scorer: as of reward.Rewarder.
     title: of the progress bar.
     root: folder of the experiment that the run is a part of, if any; see
-      `training.loop.check_folder`.
+      `training.run_folder.check`.
 
   Returns:
     The policy; its checkpoint folder is closed.
@@ -60,7 +60,7 @@ def train(
     run_lib.Stopped: after a SIGTERM, once the state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
-  training_loop.check_folder(config, workdir, _MAY_CHANGE, root)
+  run_folder.check(config, workdir, _MAY_CHANGE, root)
   policy = policy_lib.Policy(config, workdir)
   with contextlib.ExitStack() as stack:
     stack.callback(policy.close)
@@ -74,7 +74,7 @@ def train(
     )
     stack.enter_context(jax.set_mesh(policy.mesh))
     start = policy.resume()
-    training_loop.claim_folder(config, workdir, _MAY_CHANGE, root)
+    run_folder.claim(config, workdir, _MAY_CHANGE, root)
     sampler = make_sampler(
       config, policy.model(), policy.tokenizer, rewarder, policy.mesh
     )

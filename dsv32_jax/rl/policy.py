@@ -24,6 +24,7 @@ from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import optimizer as optimizer_lib
 from dsv32_jax.training import placement
 from dsv32_jax.training import run as run_lib
+from dsv32_jax.training import run_folder
 from dsv32_jax.training import step as step_lib
 from dsv32_jax.verifiers import tasks
 
@@ -56,7 +57,11 @@ class Policy:
       )
     self.config = config
     self.mesh = sharding.make_mesh(config.mesh)
-    self.tokenizer = _tokenizer(config, workdir)
+    self.tokenizer = run_folder.kept_tokenizer(
+      workdir,
+      lambda: make_tokenizer(config),
+      vocab_size=config.model.vocab_size,
+    )
     self.version = 0
     self.state = None
     self._checkpointer = checkpoint_lib.Checkpointer(
@@ -223,20 +228,6 @@ def _written(answers) -> float:
   return float(
     np.mean([sum(p.written_N.sum() for p in one.parts) for one in answers])
   )
-
-
-def _tokenizer(config: run_config.RlConfig, workdir):
-  """The folder's tokenizer, made where no run has begun."""
-  path = os.path.join(workdir, run_lib.TOKENIZER_FILE)
-  if not run_lib.has_tokenizer(workdir):
-    make_tokenizer(config).save(path)
-  tokenizer = tokenizer_lib.load(path)
-  if tokenizer.vocab_size > config.model.vocab_size:
-    raise ValueError(
-      f"tokenizer.vocab_size={tokenizer.vocab_size} exceeds"
-      f" model.vocab_size={config.model.vocab_size}"
-    )
-  return tokenizer
 
 
 def make_tokenizer(config: run_config.RlConfig) -> tokenizer_lib.Tokenizer:

@@ -26,11 +26,11 @@ from dsv32_jax.rl import once
 from dsv32_jax.rl import policy as policy_lib
 from dsv32_jax.rl import run_config
 from dsv32_jax.rl import sampling
-from dsv32_jax.training import loop as training_loop
 from dsv32_jax.training import metrics as metrics_lib
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import optimizer as optimizer_lib
 from dsv32_jax.training import run as run_lib
+from dsv32_jax.training import run_folder
 from dsv32_jax.training import stages
 from dsv32_jax.verifiers import reward as reward_lib
 from dsv32_jax.verifiers import tasks
@@ -192,7 +192,7 @@ def sft_config(config, source, workdir: str, *, steps: int, init_from):
     steps: of the fine-tuning.
     init_from: folder of checkpoints to start from, or None.
   """
-  tokenizer = os.path.join(workdir, run_lib.TOKENIZER_FILE)
+  tokenizer = os.path.join(workdir, run_folder.TOKENIZER_FILE)
   return run_lib.TrainConfig(
     model=config.rl.model,
     stage=stages.SFT,
@@ -221,7 +221,7 @@ def fine_tune_until_flat(config: ShownConfig, workdir: str):
     The curve, as of FineTuning.
   """
   policy_lib.make_tokenizer(config.rl).save(
-    os.path.join(workdir, run_lib.TOKENIZER_FILE)
+    os.path.join(workdir, run_folder.TOKENIZER_FILE)
   )
   write_solved(config.rl, config.solved, os.path.join(workdir, SOLVED_FILE))
   # Of a fine-tuning that was killed before it could say that it was done.
@@ -262,7 +262,7 @@ def reinforce(config: ShownConfig, workdir: str) -> list[dict[str, float]]:
   """
   folder = os.path.join(workdir, "grpo")
   tokenizer = dataclasses.replace(
-    config.rl.tokenizer, path=os.path.join(workdir, run_lib.TOKENIZER_FILE)
+    config.rl.tokenizer, path=os.path.join(workdir, run_folder.TOKENIZER_FILE)
   )
   loop.train(
     dataclasses.replace(
@@ -299,7 +299,7 @@ def compare(config: ShownConfig, workdir: str) -> dict[str, Any]:
     run.Stopped: after a SIGTERM, once GRPO's state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
-  training_loop.claim_folder(config, workdir, frozenset())
+  run_folder.claim(config, workdir, frozenset())
 
   def part(name, compute):
     return once.once(os.path.join(workdir, f"{name}.json"), compute)

@@ -2,19 +2,16 @@
 
 import contextlib
 import dataclasses
-import json
 import os
-import pathlib
 import time
 
 import jax
 import numpy as np
 
-from dsv32_jax import config_files
 from dsv32_jax.training import metrics as metrics_lib
-from dsv32_jax.training import processes
 from dsv32_jax.training import profiling
 from dsv32_jax.training import run as run_lib
+from dsv32_jax.training import run_folder
 from dsv32_jax.training import stop_signal
 
 
@@ -38,7 +35,7 @@ def train(
     profile: write a profile of some steps to `profile/`, and `parts.json`
       beside it: seconds of a step by part of the model. Compiles once more.
     root: folder of the experiment that the run is a part of, if any; see
-      `check_folder`.
+      `run_folder.check`.
 
   Returns:
     The finished run; its data and checkpoint folder are closed.
@@ -52,12 +49,12 @@ def train(
     run_lib.Stopped: after a SIGTERM, once the state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
-  check_folder(config, workdir, _MAY_CHANGE, root)
+  run_folder.check(config, workdir, _MAY_CHANGE, root)
   run = run_lib.Run(config, workdir)
   try:
     start = run.resume()
     tracer = _tracer(workdir, start, config.steps) if profile else None
-    claim_folder(config, workdir, _MAY_CHANGE, root)
+    run_folder.claim(config, workdir, _MAY_CHANGE, root)
     speaks = jax.process_index() == 0
     writer = metrics_lib.SilentWriter()
     if speaks:
@@ -188,73 +185,6 @@ def _check(run, step: int, metrics, rows, workdir) -> None:
     f"step {step}: the gradients of {skipped} steps in a row were not finite"
     f" (loss={np.asarray(metrics['loss'])}); the batch is in {path}"
   )
-
-
-def check_folder(
-  config, workdir: str, may_change, root: str | None = None
-) -> None:
-  """Checks that a run in the folder, if there is one, was the same.
-
-  Process 0 does, and all of them learn what it found.
-
-  Args:
-    config: dataclass of the run.
-    workdir: its folder.
-    may_change: fields that a run may be continued with another value of.
-    root: folder above it that may be moved as a whole: a path that leads to a
-      place in there is the same if the place is, as seen from `workdir`.
-
-  Raises:
-    ValueError: naming a field that another run of this folder set otherwise.
-  """
-  path, problem = os.path.join(workdir, run_lib.CONFIG_FILE), None
-  if jax.process_index() == 0:
-    now = _from_workdir(config_files.dump(config), workdir, root)
-    problem = _changed_field(path, now, may_change, root)
-  problem = processes.gather(problem)[0]
-  if problem is not None:
-    raise ValueError(
-      f"{workdir} holds a run with another config.{problem}; give a new"
-      " --workdir or the config of that run"
-    )
-
-
-def claim_folder(
-  config, workdir: str, may_change, root: str | None = None
-) -> None:
-  """Writes config.json, where `check_folder` finds nothing; see there."""
-  check_folder(config, workdir, may_change, root)
-  if jax.process_index() == 0:
-    path = os.path.join(workdir, run_lib.CONFIG_FILE)
-    now = _from_workdir(config_files.dump(config), workdir, root)
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-      json.dump(now, file, indent=2, sort_keys=True)
-      file.write("\n")
-    os.replace(f"{path}.new", path)
-
-
-def _from_workdir(value, workdir: str, root: str | None):
-  """Writes absolute paths below the root as seen from the workdir."""
-  if root is None:
-    return value
-  if isinstance(value, dict):
-    return {k: _from_workdir(x, workdir, root) for k, x in value.items()}
-  if isinstance(value, list):
-    return [_from_workdir(x, workdir, root) for x in value]
-  is_path = isinstance(value, str) and os.path.isabs(value)
-  if is_path and pathlib.Path(value).is_relative_to(os.path.abspath(root)):
-    return os.path.relpath(value, workdir)
-  return value
-
-
-def _changed_field(path: str, now: dict, may_change, root) -> str | None:
-  """Names a field that differs from the file's and may not; else None."""
-  if not os.path.exists(path):
-    return None
-  with open(path, encoding="utf-8") as file:
-    before = _from_workdir(json.load(file), os.path.dirname(path), root)
-  changed = (name for name in now if before.get(name) != now[name])
-  return next((name for name in changed if name not in may_change), None)
 
 
 # What a run may be continued with: it changes no number of the result.

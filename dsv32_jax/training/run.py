@@ -6,14 +6,12 @@ from typing import Any, Literal
 
 from flax import nnx
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 
 from dsv32_jax import config_files
 from dsv32_jax import sharding
 from dsv32_jax.data import batch as batch_lib
 from dsv32_jax.data import pipeline
-from dsv32_jax.data import tokenizer as tokenizer_lib
 from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import fresh
 from dsv32_jax.model import transformer
@@ -22,10 +20,9 @@ from dsv32_jax.training import held_out as held_out_lib
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import optimizer as optimizer_lib
 from dsv32_jax.training import placement
+from dsv32_jax.training import run_folder
 from dsv32_jax.training import stages
 from dsv32_jax.training import step as step_lib
-
-TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "config.json"
 
 Remat = Literal["none", "layer", "save_attention"]
 # What a layer keeps for its backward pass, by name.
@@ -136,7 +133,11 @@ class Run:
     """
     self.config = config
     self.mesh = sharding.make_mesh(config.mesh)
-    self.tokenizer = _tokenizer(config, workdir)
+    self.tokenizer = run_folder.kept_tokenizer(
+      workdir,
+      lambda: pipeline.make_tokenizer(config.data),
+      vocab_size=config.model.vocab_size,
+    )
     rows = (config.data.batch_size, config.data.sequence_length)
     self._share = placement.row_share(
       sharding.batch_sharding(self.mesh, rows), rows, jax.process_index()
@@ -318,32 +319,6 @@ def abstract_state(config: TrainConfig, mesh):
   )
   optimizer = optimizer_lib.make_optimizer(config.optimizer)
   return placement.abstract_state(model, config.stage, optimizer, mesh)
-
-
-def has_tokenizer(workdir) -> bool:
-  """Whether a folder has the tokenizer of a run that has begun.
-
-  One without config.json is what a command left that failed: its tokenizer may
-  be another than the next command's.
-  """
-  names = (TOKENIZER_FILE, CONFIG_FILE)
-  return all(os.path.exists(os.path.join(workdir, name)) for name in names)
-
-
-def _tokenizer(config: TrainConfig, workdir):
-  """The folder's tokenizer; one process makes it where no run has begun."""
-  path = os.path.join(workdir, TOKENIZER_FILE)
-  if jax.process_index() == 0 and not has_tokenizer(workdir):
-    pipeline.make_tokenizer(config.data).save(path)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("tokenizer")
-  tokenizer = tokenizer_lib.load(path)
-  if tokenizer.vocab_size > config.model.vocab_size:
-    raise ValueError(
-      f"tokenizer.vocab_size={tokenizer.vocab_size} exceeds"
-      f" model.vocab_size={config.model.vocab_size}"
-    )
-  return tokenizer
 
 
 def _check_same(wanted, found, folder: str) -> None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dsv32_jax.training import loop
+from dsv32_jax.training import run_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def claimed(tmp_path):
   """Folder of an experiment with a run in it, and one outside."""
   before, outside = tmp_path / "before", tmp_path / "outside"
   (before / "part").mkdir(parents=True)
-  loop.claim_folder(
+  run_folder.claim(
     config(before, outside), str(before / "part"), frozenset(), str(before)
   )
   return before, outside
@@ -42,7 +42,7 @@ def test_a_moved_experiment_goes_on(claimed, tmp_path):
   before, outside = claimed
   after = before.rename(tmp_path / "after")
   part, root = str(after / "part"), str(after)
-  loop.claim_folder(config(after, outside), part, frozenset(), root)
+  run_folder.claim(config(after, outside), part, frozenset(), root)
   for field, value in (
     ("init_from", str(after / "other" / "checkpoints")),
     ("init_from", None),
@@ -54,8 +54,8 @@ def test_a_moved_experiment_goes_on(claimed, tmp_path):
   ):
     other = config(after, outside, **{field: value})
     with pytest.raises(ValueError, match=rf"another config\.{field};"):
-      loop.check_folder(other, part, frozenset(), root)
-  loop.check_folder(
+      run_folder.check(other, part, frozenset(), root)
+  run_folder.check(
     config(after, outside, steps=4), part, frozenset({"steps"}), root
   )
 
@@ -64,12 +64,12 @@ def test_a_run_of_its_own_keeps_its_paths(tmp_path):
   folder = tmp_path / "run"
   folder.mkdir()
   one = config(tmp_path, tmp_path)
-  loop.claim_folder(one, str(folder), frozenset())
+  run_folder.claim(one, str(folder), frozenset())
   written = json.loads((folder / "config.json").read_text())
   assert written["init_from"] == one.init_from
   # Moved alone it still begins with what stayed.
   moved = folder.rename(tmp_path / "moved")
-  loop.check_folder(one, str(moved), frozenset())
+  run_folder.check(one, str(moved), frozenset())
 
 
 def test_a_folder_that_holds_absolute_paths_goes_on(claimed):
@@ -77,6 +77,6 @@ def test_a_folder_that_holds_absolute_paths_goes_on(claimed):
   path = before / "part" / "config.json"
   assert str(before) not in path.read_text()
   path.write_text(json.dumps(dataclasses.asdict(config(before, outside))))
-  loop.check_folder(
+  run_folder.check(
     config(before, outside), str(before / "part"), frozenset(), str(before)
   )
