@@ -113,12 +113,12 @@ def forgotten(report: dict, order: str) -> dict[str, float]:
     order: one of its `orders`.
 
   Returns:
-    By domain and mode how far pass@1 in the end is below its best before, after
-    distillation or any stage of that order; 0 where it is not.
+    By domain and mode how far pass@1 in the end is below its best, after
+    distillation or any stage of that order.
   """
   models = [report["pass_at_1"][name] for name in report["orders"][order]]
   return {
-    name: max(0.0, max(model[name] for model in models) - models[-1][name])
+    name: max(model[name] for model in models) - models[-1][name]
     for name in models[0]
     if name != "all"
   }
@@ -226,7 +226,8 @@ def _distillation(config, workdir) -> distill_config.DistillConfig:
     temperature=rl.learner.temperature,
     scoring_workers=rl.scoring_workers,
     scoring_seconds=rl.scoring_seconds,
-    # Other problems than those that the start has seen solved.
+    # Drawn apart from what the start has seen solved; where a domain has few
+    # problems, some are the same.
     seed=rl.seed + 1,
   )
 
