@@ -38,7 +38,8 @@ class DomainConfig:
       fields below.
     optimizer: of its specialists.
     learner: of its specialists.
-    reward: of its specialists; of an environment's, the length alone.
+    reward: of its specialists; of an environment's the length alone, in the
+      place of rl.episodes.length as well.
   """
 
   name: str
@@ -199,6 +200,10 @@ class PostTrainingConfig:
       if getattr(one.domain, name) is not None
     }
     rl = dataclasses.replace(self.rl, **own)
+    if one.environments and one.domain.reward is not None:
+      length = one.domain.reward.length
+      episodes = dataclasses.replace(rl.episodes, length=length)
+      rl = dataclasses.replace(rl, episodes=episodes)
     rollouts = one.domain.rollouts or self.rl.rollouts
     return self._stage(rl, (one,), rollouts)
 
