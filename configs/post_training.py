@@ -207,7 +207,10 @@ def small() -> post_training.PostTrainingConfig:
   window = 176
   domains = (
     _reasoning(
-      "mathematics", mixture.TaskConfig(kind="arithmetic", size=2, largest=9)
+      "mathematics",
+      mixture.TaskConfig(kind="arithmetic", size=2, largest=9),
+      # All that there are to train on.
+      solved=180,
     ),
     _agent(
       "general_agent",

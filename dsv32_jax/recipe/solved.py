@@ -20,11 +20,20 @@ def write(config: config_lib.PostTrainingConfig, path: pathlib.Path) -> None:
 
   Every domain gives as many in each of its modes, of the training split and in
   the order of its problems' numbers; the file has them shuffled.
+
+  Raises:
+    ValueError: naming a domain that has not as many problems.
   """
   rows = []
   for one in config.specialists:
     count = one.domain.solved or config.solved
-    found = itertools.islice(_pieces(config.stage_rl((one,), 1), one), count)
+    drawn = _pieces(config.stage_rl((one,), 1), one)
+    found = list(itertools.islice(drawn, count))
+    if len(found) < count:
+      raise ValueError(
+        f"domain {one.domain.name}: solved={count}, but it has {len(found)}"
+        " problems"
+      )
     rows += [
       {"id": f"{one.name}-{number}", "pieces": json.dumps(pieces)}
       for number, pieces in enumerate(found)

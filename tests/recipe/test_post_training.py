@@ -21,6 +21,7 @@ from dsv32_jax.training import optimizer
 from dsv32_jax.training import schedule
 from dsv32_jax.verifiers import length
 from dsv32_jax.verifiers import reward
+from dsv32_jax.verifiers import tasks
 
 SMOKE = configs.smoke()
 
@@ -99,6 +100,20 @@ def test_episodes_alone_are_rewarded_for_outcome_and_length():
     length=penalty
   )
   assert config.stage_rl(config.specialists, 3).reward == given
+
+
+@pytest.mark.parametrize("penalty", [None, 7])
+def test_a_domain_of_episodes_may_have_its_own_penalty_on_length(penalty):
+  own = penalty and length.LengthPenalty(free_tokens=1, max_tokens=penalty)
+  config = with_domains(
+    domain("sorting"),
+    domain("calculator", reward=reward.RewardConfig(length=own)),
+  )
+  *_, last = config.specialists
+  rl = config.specialist_rl(last)
+  assert rl.episodes.length == rl.reward.length == own
+  mixed = config.stage_rl(config.specialists, 3)
+  assert mixed.episodes.length == SMOKE.rl.episodes.length != own
 
 
 @pytest.mark.parametrize("order", ["mixed", "sequential", "both"])
@@ -193,6 +208,23 @@ def test_a_start_learns_solutions_in_the_modes_of_its_domains(tmp_path):
       assert "calculate" in learnt and "function_results" not in learnt
       assert "function_results" in given
   assert count == dict.fromkeys((x.name for x in SMOKE.specialists), 12)
+
+
+def test_a_start_with_too_few_problems_is_told(tmp_path):
+  few = with_domains(domain("sorting", solved=3000))
+  message = r"domain sorting: solved=3000, but it has \d+ problems"
+  with pytest.raises(ValueError, match=message):
+    solved.write(few, pathlib.Path(tmp_path, "solved.jsonl"))
+
+
+@pytest.mark.parametrize("variant", ["full", "speciale", "small"])
+def test_every_variant_has_the_problems_that_its_start_sees(variant):
+  config = getattr(configs, variant)()
+  for one in config.specialists:
+    count = one.domain.solved or config.solved
+    for task in one.tasks:
+      drawn = tasks.generate(task.make(), split="train", seed=config.rl.seed)
+      assert len(list(itertools.islice(drawn, count))) == count
 
 
 def test_grpo_does_not_begin_with_what_the_start_has_seen_solved():
