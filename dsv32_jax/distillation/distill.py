@@ -86,7 +86,7 @@ def _samples(
     engine = engines.Engine(model, config.engine, eos_id=tokenizer.eos_id)
     if specialist.episodes is not None:
       drawn = episodes.sample(
-        specialist, config, tokenizer, engine, model.config.vocab_size
+        specialist, config, tokenizer, engine, model.config
       )
     else:
       drawn = _answers(specialist, config, tokenizer, engine)

@@ -11,6 +11,7 @@ from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.distillation import config as config_lib
 from dsv32_jax.distillation import sampling
 from dsv32_jax.generation import engine as engines
+from dsv32_jax.model import config as model_config
 from dsv32_jax.rl import environments
 from dsv32_jax.rl import episodes
 
@@ -20,7 +21,7 @@ def sample(
   config: config_lib.DistillConfig,
   tokenizer: tokenizers.Tokenizer,
   engine: engines.Engine,
-  vocab_size: int,
+  model: model_config.ModelConfig,
 ) -> list[sampling.Sample]:
   """Plays and judges every episode of a specialist.
 
@@ -32,7 +33,7 @@ def sample(
     config: of the distillation.
     tokenizer: of the specialist.
     engine: of its model.
-    vocab_size: of its model.
+    model: shape of its model.
 
   Raises:
     ValueError: if an environment has too few different tasks.
@@ -42,7 +43,7 @@ def sample(
     for number, task in enumerate(tasks_of(specialist, config.seed))
     for episode in range(config.answers)
   ]
-  banned = tuple(range(tokenizer.vocab_size, vocab_size))
+  banned = episodes.banned_ids(model, tokenizer)
   drawn = [
     dataclasses.replace(
       config.parameters(

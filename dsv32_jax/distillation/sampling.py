@@ -5,14 +5,13 @@ import dataclasses
 import itertools
 import zlib
 
-import numpy as np
-
 from dsv32_jax.agents import chat
 from dsv32_jax.agents import chat_format
 from dsv32_jax.agents import conversation as conversations
 from dsv32_jax.data import tokenizer as tokenizers
 from dsv32_jax.distillation import config as config_lib
 from dsv32_jax.generation import requests
+from dsv32_jax.rl import sampling as rl_sampling
 from dsv32_jax.verifiers import reward as reward_lib
 from dsv32_jax.verifiers import tasks
 
@@ -172,6 +171,4 @@ def _text(tokenizer, token_ids) -> str:
 
 def seed_of(seed: int, name: str, *numbers: int) -> int:
   """A seed of 63 bits that follows from all of them; `name` of a specialist."""
-  words = (seed, zlib.crc32(name.encode()), *numbers)
-  (word,) = np.random.SeedSequence(words).generate_state(1, np.uint64)
-  return int(word >> np.uint64(1))
+  return rl_sampling.seed_of(seed, zlib.crc32(name.encode()), *numbers)

@@ -23,6 +23,7 @@ from dsv32_jax.generation import engine as engine_lib
 from dsv32_jax.generation import local_policy
 from dsv32_jax.generation import requests
 from dsv32_jax.generation.server import runner as runner_lib
+from dsv32_jax.model import config as model_config
 from dsv32_jax.model import transformer
 from dsv32_jax.rl import environments
 from dsv32_jax.rl import episode_config
@@ -170,7 +171,7 @@ class Sampler(sampling.Drawing):
     self._tasks = environments.Tasks(
       config.episodes.environments, split="train", seed=self._seed
     )
-    self._banned = banned_ids(config, tokenizer)
+    self._banned = banned_ids(config.model, tokenizer)
 
   def draw(self, number: int) -> sampling.Rollout:
     """Draws the groups of a number."""
@@ -287,14 +288,11 @@ class Sampler(sampling.Drawing):
     ]
 
 
-def banned_ids(config, tokenizer) -> tuple[int, ...]:
-  """Ids that the tokenizer lacks: a conversation has no text for them.
-
-  Args:
-    config: has `model`, whose ids they are.
-    tokenizer: of the policy.
-  """
-  return tuple(range(tokenizer.vocab_size, config.model.vocab_size))
+def banned_ids(
+  model: model_config.ModelConfig, tokenizer: tokenizer_lib.Tokenizer
+) -> tuple[int, ...]:
+  """A model's ids that the tokenizer lacks: they have no text."""
+  return tuple(range(tokenizer.vocab_size, model.vocab_size))
 
 
 def held_out_tasks(config) -> list[environments.EpisodeTask]:

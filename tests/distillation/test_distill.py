@@ -178,11 +178,14 @@ def test_episodes_are_kept_whole_where_they_are_solved(tokenizer, monkeypatch):
   )
   one = specialist("agent", tasks=(), episodes=given)
   config = config_of(one, answers=3)
+  model = models.tiny_config(vocab_size=tokenizer.vocab_size + 2)
   asked = []
 
   def scripted_play(engine, tokenizer, config, tasks, drawn):
     """Of three episodes one is solved, one is cut short, one thinks."""
     asked.extend(x.seed for x in drawn)
+    size = tokenizer.vocab_size
+    assert {x.banned_ids for x in drawn} == {(size, size + 1)}
     played = []
     for number, task in enumerate(tasks):
       calls = task.solve()
@@ -200,7 +203,7 @@ def test_episodes_are_kept_whole_where_they_are_solved(tokenizer, monkeypatch):
     return played
 
   monkeypatch.setattr(rl_episodes, "play_all", scripted_play)
-  samples = episodes.sample(one, config, tokenizer, None, 400)
+  samples = episodes.sample(one, config, tokenizer, None, model)
   assert [s.reason for s in samples] == [
     "",
     "its reward is too low",
@@ -208,7 +211,7 @@ def test_episodes_are_kept_whole_where_they_are_solved(tokenizer, monkeypatch):
   ] * 4
   assert len(set(asked)) == len({s.id for s in samples}) == 12
   thinking = dataclasses.replace(one, thinking=True)
-  samples = episodes.sample(thinking, config, tokenizer, None, 400)
+  samples = episodes.sample(thinking, config, tokenizer, None, model)
   assert [s.reason for s in samples] == [
     "it does not think first",
     "its reward is too low",

@@ -7,10 +7,10 @@ from dsv32_jax import sharding
 from dsv32_jax.rl import episodes
 
 
-def _few_tokens(config, tokenizer):
+def _few_tokens(model, tokenizer):
   """A fresh model ends its replies once in a while, if it has few tokens."""
   kept = [tokenizer.eos_id, *(tokenizer.encode(x)[0] for x in "abcd")]
-  return tuple(set(range(config.model.vocab_size)) - set(kept))
+  return tuple(set(range(model.vocab_size)) - set(kept))
 
 
 @pytest.fixture

@@ -60,9 +60,8 @@ def follow(question, case):
   value = function(*(given[name] for name in names))
   for text in later:
     function, (operand,) = found_in(LATER, text)
-    value = function(
-      value, given.get(operand) or int(given.get(operand, operand))
-    )
+    known = given[operand] if operand in given else int(operand)
+    value = function(value, known)
   return value
 
 
