@@ -10,8 +10,6 @@ from dsv32_jax.agents import cold_start
 from dsv32_jax.agents import tables
 from dsv32_jax.recipe import post_training_config as config_lib
 from dsv32_jax.rl import demonstrations
-from dsv32_jax.rl import environments
-from dsv32_jax.rl import run_config
 from dsv32_jax.verifiers import tasks
 
 
@@ -48,20 +46,6 @@ def _pieces(rl, one) -> Iterator[list[dict]]:
     for problem in tasks.generate(task.make(), split="train", seed=rl.seed):
       yield demonstrations.problem_pieces(problem, thinking=one.thinking)
   if one.environments:
-    for result, mode in demonstrations.solved(rl.episodes, tasks_of(rl, one)):
+    shown = demonstrations.shown_tasks(one.environments, rl.seed)
+    for result, mode in demonstrations.solved(rl.episodes, shown):
       yield cold_start.pieces(result.messages, mode)
-
-
-def tasks_of(
-  rl: run_config.RlConfig, one: config_lib.Specialist
-) -> Iterator[environments.EpisodeTask]:
-  """Yields tasks of an environment other than those that GRPO draws.
-
-  Args:
-    rl: a run over that environment.
-    one: domain and mode.
-  """
-  # By one seed, the n-th of both would be the same: GRPO would begin with what
-  # is known by heart.
-  drawn = environments.Tasks(one.environments, split="train", seed=rl.seed + 1)
-  return map(drawn.task, itertools.count())

@@ -8,7 +8,7 @@ rules, once.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import itertools
 import json
 import pathlib
@@ -42,6 +42,23 @@ def problem_pieces(
   return cold_start.pieces(
     problem.messages(thinking=thinking), "thinking" if thinking else "chat"
   )
+
+
+def shown_tasks(
+  configs: Sequence[episode_config.EnvironmentConfig], seed: int
+) -> Iterator[environments.EpisodeTask]:
+  """Yields training tasks whose solutions a fine-tuning before GRPO sees.
+
+  They are drawn apart from those of a GRPO run of episodes with that seed,
+  which would otherwise begin with what is known by heart; few different tasks
+  may still be in both.
+
+  Args:
+    configs: of the environments.
+    seed: of the GRPO run.
+  """
+  drawn = environments.Tasks(configs, split="train", seed=seed + 1)
+  return map(drawn.task, itertools.count())
 
 
 def solved(

@@ -8,6 +8,7 @@ has seen.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 import os
 import pathlib
 from typing import Any
@@ -116,12 +117,11 @@ def fine_tune(config: LearnedConfig, workdir: str):
   path = os.path.join(workdir, SOLVED_FILE)
   rl, folder = config.rl, os.path.join(workdir, "sft")
   if not os.path.exists(path):
-    # GRPO begins with tasks that were not shown.
-    tasks = environments.Tasks(
-      rl.episodes.environments, split="train", seed=rl.seed + 1
+    shown_tasks = itertools.islice(
+      demonstrations.shown_tasks(rl.episodes.environments, rl.seed),
+      config.solved,
     )
-    numbered = (tasks.task(number) for number in range(config.solved))
-    demonstrations.write(rl.episodes, numbered, pathlib.Path(path))
+    demonstrations.write(rl.episodes, shown_tasks, pathlib.Path(path))
   source = sources.SourceConfig(kind="jsonl", path=path, pieces_field="pieces")
   train = shown.sft_config(
     config, source, workdir, steps=config.sft_steps, init_from=None

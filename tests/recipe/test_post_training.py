@@ -15,6 +15,7 @@ from dsv32_jax.recipe import post_training_config
 from dsv32_jax.recipe import post_training_report
 from dsv32_jax.recipe import solved
 from dsv32_jax.rl import config as learner_config
+from dsv32_jax.rl import demonstrations
 from dsv32_jax.rl import environments
 from dsv32_jax.rl import policy as policy_lib
 from dsv32_jax.training import optimizer
@@ -230,7 +231,8 @@ def test_every_variant_has_the_problems_that_its_start_sees(variant):
 def test_grpo_does_not_begin_with_what_the_start_has_seen_solved():
   *_, one = configs.full().specialists[:-2]
   rl = configs.full().specialist_rl(one)
-  seen = [x.id for x in itertools.islice(solved.tasks_of(rl, one), 60)]
+  shown = demonstrations.shown_tasks(one.environments, rl.seed)
+  seen = [x.id for x in itertools.islice(shown, 60)]
   drawn = environments.Tasks(one.environments, split="train", seed=rl.seed)
   posed = [drawn.task(number).id for number in range(60)]
   # There are few questions; by one seed all would be the same.
