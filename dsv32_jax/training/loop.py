@@ -41,10 +41,9 @@ def train(
     The finished run; its data and checkpoint folder are closed.
 
   Raises:
-    ValueError: for a config that does not fit its folder or has too few steps
-      left to profile, or after too many
-      steps in a row whose gradients were not finite; the last batch is left in
-      the folder.
+    ValueError: for a config that does not fit its folder, has too few steps
+      left to profile or more steps than data; or after too many steps in a row
+      whose gradients were not finite; the last batch is left in the folder.
     checkpoint.SaveError: if the disk does not take a checkpoint.
     run_lib.Stopped: after a SIGTERM, once the state is saved.
   """
@@ -74,7 +73,12 @@ def _loop(run, start, writer, bar, stop, workdir, tracer) -> None:
   clock = _Clock()
   for step in range(start + 1, config.steps + 1):
     with clock.waiting():
-      rows = next(run.batches)
+      rows = next(run.batches, None)
+    if rows is None:
+      raise ValueError(
+        f"steps={config.steps}: data.num_epochs={config.data.num_epochs} has"
+        f" batches for {step - 1} of them"
+      )
     with jax.set_mesh(run.mesh):
       batch = run.place(rows)
       if tracer is not None:

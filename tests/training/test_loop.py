@@ -111,6 +111,24 @@ def same(one, other):
     np.testing.assert_array_equal(value, other[1][path], err_msg=str(path))
 
 
+def test_data_that_end_before_the_steps_are_told(text, tmp_path):
+  source, packing = data_of(text, "sft")
+  plan = config(text, steps=50)
+  data = dataclasses.replace(
+    plan.data, sources=(source,), num_epochs=1, **packing
+  )
+  with pytest.raises(ValueError, match="num_epochs=1 has batches") as told:
+    loop.train(dataclasses.replace(plan, data=data), tmp_path)
+  rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  # Every batch was learned from.
+  with pipeline.make_batches(
+    data, tokenizer.load(tmp_path / "tokenizer.json")
+  ) as batches:
+    given = len(list(batches))
+  assert 0 < given < 50 and f"for {given} of them" in str(told.value)
+  assert [json.loads(row)["step"] for row in rows] == list(range(1, given + 1))
+
+
 @pytest.mark.parametrize(
   "stage",
   [
