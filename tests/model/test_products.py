@@ -12,6 +12,8 @@ from tests.support import tolerances
 
 RTOL, ATOL = tolerances.TOLERANCE["float32"]
 SIZES = dict(B=4, T=8, D=16, U=12, H=4, V=6, F=8)
+# Of which a mesh splits some partly and some not at all.
+ODD = dict(B=3, T=5, D=6, U=10, H=2, V=3, F=6)
 PRODUCTS = {
   "query_down": ("BTD,DU->BTU", ("embed", "query_latent")),
   "query_up": ("BTU,UHV->BTHV", ("query_latent", "heads", None)),
@@ -21,22 +23,22 @@ PRODUCTS = {
 }
 
 
-def operands(equation):
+def operands(equation, sizes=SIZES):
   """A product's x, weight and direction of the result, float64."""
   random = np.random.default_rng(0)
   letters = equation.replace("->", ",").split(",")
-  return [random.normal(size=[SIZES[x] for x in part]) for part in letters]
+  return [random.normal(size=[sizes[x] for x in part]) for part in letters]
 
 
-def gradient_step(equation, axes, mesh, arrays):
-  """Compiles out and the weight's gradient; places the arrays."""
+def gradient_step(equation, axes, mesh, arrays, argnums):
+  """Compiles out and gradients: x's is 0, weight's 1; places the arrays."""
 
   def run(x, weight, direction):
-    def value(weight):
+    def value(x, weight):
       out = layers.product(equation, x, weight, axes)
       return jnp.sum(out * direction), out
 
-    return jax.grad(value, has_aux=True)(weight)
+    return jax.grad(value, argnums, has_aux=True)(x, weight)
 
   x, weight, direction = (jnp.asarray(a, jnp.float32) for a in arrays)
   spec = sharding.partition_spec(weight.shape, axes, mesh)
@@ -46,6 +48,7 @@ def gradient_step(equation, axes, mesh, arrays):
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("sizes", [SIZES, ODD], ids=["even", "odd"])
 @pytest.mark.parametrize(
   "axes",
   [
@@ -55,19 +58,22 @@ def gradient_step(equation, axes, mesh, arrays):
   ],
   ids=lambda axes: "_".join(f"{axis}{size}" for axis, size in axes.items()),
 )
-def test_a_product_on_a_mesh_is_numpys(name, axes):
+def test_a_product_on_a_mesh_is_numpys(name, axes, sizes):
   equation, of_weight = PRODUCTS[name]
-  arrays = operands(equation)
+  arrays = operands(equation, sizes)
   mesh = sharding.make_mesh(sharding.MeshConfig(**axes), jax.devices()[:8])
   with jax.set_mesh(mesh):
-    _, (gradient, out) = gradient_step(equation, of_weight, mesh, arrays)
+    _, (gradients, out) = gradient_step(
+      equation, of_weight, mesh, arrays, (0, 1)
+    )
   x, weight, direction = arrays
   of_x, of_w, of_out = equation.replace("->", ",").split(",")
-  wanted = np.einsum(f"{of_x},{of_out}->{of_w}", x, direction)
-  np.testing.assert_allclose(
-    out, np.einsum(equation, x, weight), rtol=RTOL, atol=ATOL
-  )
-  np.testing.assert_allclose(gradient, wanted, rtol=RTOL, atol=ATOL)
+  for got, wanted in (
+    (out, np.einsum(equation, x, weight)),
+    (gradients[0], np.einsum(f"{of_out},{of_w}->{of_x}", direction, weight)),
+    (gradients[1], np.einsum(f"{of_x},{of_out}->{of_w}", x, direction)),
+  ):
+    np.testing.assert_allclose(got, wanted, rtol=RTOL, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -79,7 +85,7 @@ def test_a_gradient_is_summed_in_shares(name):
   )
   arrays = operands(equation)
   with jax.set_mesh(mesh):
-    compiled, _ = gradient_step(equation, axes, mesh, arrays)
+    compiled, _ = gradient_step(equation, axes, mesh, arrays, 1)
   moved = hlo.traffic(compiled.as_text(), 8).bytes
   weight = 4 * arrays[1].size
   assert moved["all-reduce"] == weight // 4
