@@ -192,6 +192,27 @@ def test_rules_hold_of_solutions_and_little_else():
   assert right > 300 and wrong > 5000
 
 
+def test_instructions_that_the_same_answers_keep_are_the_same():
+  task, generator = tasks.Instructions(size=2, largest=4), random.Random(0)
+  shapes = (str.upper, str.lower, str.capitalize)
+  texts = [
+    shape(word) + ending
+    for word in instructions.WORDS[:4]
+    for shape in shapes
+    for ending in ("", "!", "?", ".")
+  ]
+  contents, questions = {}, {}
+  for _ in range(1000):
+    problem = task.draw(generator)
+    given = frozenset(problem.rules.words)
+    kept = frozenset(x for x in texts if keeps(problem.question, x))
+    contents.setdefault((given, kept), set()).add(problem.content)
+    questions.setdefault((given, kept), set()).add(problem.question)
+  assert all(len(found) == 1 for found in contents.values())
+  assert len({x for (x,) in contents.values()}) == len(contents) > 100
+  assert max(map(len, questions.values())) > 9
+
+
 def test_instructions_have_more_than_one_right_answer():
   rules = instructions.Rules(
     words=("moon", "apple", "river"),

@@ -131,7 +131,11 @@ class Instructions:
       )
 
   def draw(self, generator: random.Random) -> problem.Problem:
-    """Draws rules; the same for words in another order are the same."""
+    """Draws rules; those that the same answers keep are the same.
+
+    Words may be given in any order; to one word, order and separator mean
+    nothing.
+    """
     words = tuple(generator.sample(WORDS[: self.largest], self.size))
     rules = Rules(
       words=words,
@@ -143,6 +147,8 @@ class Instructions:
       ending=generator.choice(_ENDINGS),
     )
     same = dataclasses.replace(rules, words=tuple(sorted(words)))
+    if rules.count == 1:
+      same = dataclasses.replace(same, order="", separator="spaces")
     *steps, written = rules.solution()
     return InstructionProblem(
       task="instructions",
