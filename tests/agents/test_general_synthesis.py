@@ -186,7 +186,7 @@ def test_a_planner_learns_what_is_true_and_solves_more_than_chance():
   record, task = world.tasks("find")[0]
   environment = general.GeneralEnvironment(record, task)
   notes = planning.explore(
-    environment.begin(), environment.call, random.Random(0)
+    environment.start(), environment.call, random.Random(0)
   )
   rows = {
     row["name"]: row
@@ -301,6 +301,10 @@ def test_exports_and_report(tmp_path):
   assert found["distinct_data"] == found["environments"] == 13
   assert sum(found["rejections"].values()) == len(told)
   assert found["seconds"]["synthesis"] > 0
+  assert found["wrong_answers_refused"] == {
+    "number": sum(len(task["wrong_answers"]) for _, task in made),
+    "fewest_of_a_task": min(len(task["wrong_answers"]) for _, task in made),
+  }
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.synthesis import authoring
 from dsv32_jax.agents.synthesis.general import reading
 from dsv32_jax.agents.synthesis.general import tasks as tasks_lib
+from tests.support import general_damage
 from tests.support import general_world as world
 
 QUERIES = ("find", "extreme", "total", "ranking")
@@ -21,7 +22,7 @@ def open_task(record, task):
 
 
 def accepts(environment, answer):
-  return environment.accepts(json.dumps(answer))
+  return environment.judge.accepts(json.loads(json.dumps(answer)))
 
 
 @pytest.mark.parametrize("kind", QUERIES)
@@ -29,18 +30,7 @@ def test_the_text_and_the_rows_give_the_answer(kind):
   for record, task in world.tasks(kind):
     understood = world.read(record, task)
     assert understood.kind == kind
-    rows = world.meeting(record, understood)
-    measure = understood.details["label"].replace(" ", "_")
-    down = understood.details.get("order") in ("highest", "desc")
-    rows.sort(key=lambda row: row[measure], reverse=down)
-    if kind == "total":
-      want = [len(rows), sum(row[measure] for row in rows)]
-    elif kind == "ranking":
-      want = [[row["name"] for row in rows]]
-    else:
-      parent = world.parents_of(record["rows"])[understood.target]
-      want = [rows[0]["name"], rows[0][parent], rows[0][measure]]
-    assert list(task["answer"].values()) == want, task["statement"]
+    assert world.is_right(record, task)(task["answer"]), task["statement"]
 
 
 def test_one_row_meets_all_conditions_and_none_is_idle():
@@ -80,29 +70,18 @@ def test_bundles_by_brute_force():
       open_task(record, task),
       world.read(record, task),
     )
-    details = understood.details
-    size, target = int(details["size"]), understood.target
-    label = details["label"].replace(" ", "_")
-    standard = details["standard"].replace(" ", "_")
-    parent = world.parents_of(record["rows"])[target]
-    meeting = {row["name"] for row in world.meeting(record, understood)}
+    is_right = world.is_right(record, task)
+    size, target = int(understood.details["size"]), understood.target
+    label = understood.details["label"].replace(" ", "_")
     rows = record["rows"][target]
     choices = itertools.combinations(rows, 2) if size == 2 else ()
     choices = [*choices, *(rng.sample(rows, size) for _ in range(300))]
     names = task["answer"][next(iter(task["answer"]))]
     choices.append([r for r in rows if r["name"] in names])
     for chosen in choices:
-      total = sum(row[label] for row in chosen)
-      dear = any(row[label] > int(details["limit"]) for row in chosen)
-      low = any(row[standard] < float(details["required"]) for row in chosen)
-      right = (
-        len({row[parent] for row in chosen}) == size
-        and all(row["name"] in meeting for row in chosen)
-        and total <= int(details["budget"])
-        and not (dear and low)
-      )
-      key = next(iter(task["answer"]))
+      key, total = next(iter(task["answer"])), sum(r[label] for r in chosen)
       answer = {key: [row["name"] for row in chosen], "total": total}
+      right = is_right(answer)
       assert accepts(environment, answer) == right, task["statement"]
       seen[right] += 1
   assert seen[True] > 20 and seen[False] > 1000
@@ -173,6 +152,34 @@ def test_a_damaged_answer_is_wrong():
       assert not accepts(environment, answer), (task["statement"], answer)
       tried += 1
   assert tried > 5000
+
+
+def test_what_is_near_the_answer_counts_by_its_meaning():
+  """Well-formed ones: refused if the text and the rows say that they err."""
+  rng, seen = random.Random(4), {True: 0, False: 0}
+  for record, task in world.tasks(*QUERIES, "bundle", "trip"):
+    judge, is_right = (
+      open_task(record, task).judge,
+      world.is_right(record, task),
+    )
+    for _ in range(25):
+      answer = general_damage.near(record, task, rng)
+      assert judge.fits(answer)
+      right = is_right(answer)
+      assert judge.accepts(answer) == right, (task["statement"], answer)
+      # The others have one right answer.
+      if right and answer != task["answer"]:
+        assert task["kind"] in ("bundle", "trip")
+      seen[right] += 1
+  assert seen[True] > 100 and seen[False] > 1500
+
+
+def test_an_integer_is_written_as_one():
+  record, task = world.tasks("total")[0]
+  environment = open_task(record, task)
+  floats = {key: float(value) for key, value in task["answer"].items()}
+  assert accepts(environment, task["answer"])
+  assert not accepts(environment, floats)
 
 
 def test_no_task_tells_its_answer():

@@ -132,14 +132,14 @@ def test_look_ups_accept_their_solution_and_nothing_else(domain, renamed):
     (task,) = record["tasks"]
     calls = solving.solution_calls(record, task)
     environment = general.GeneralEnvironment(record, task)
-    environment.begin()
+    environment.start()
     for name, arguments in calls:
       assert environment.reward() == 0
       step = environment.call(name, arguments)
     assert step.done and environment.reward() == 1
     answer = json.loads(calls[-1][1]["answer_text"])["answer"]
     wrong = answer + 1 if isinstance(answer, int | float) else answer + "s"
-    assert not environment.accepts(json.dumps({"answer": wrong}))
+    assert not environment.judge.accepts({"answer": wrong})
     environment.connection.close()
 
 

@@ -92,6 +92,47 @@ def holds(rows, target, row, wish):
   return compare(row)
 
 
+def is_right(record, task):
+  """Returns what tells answers by text and rows, with no verifier."""
+  understood, rows = read(record, task), record["rows"]
+  if isinstance(understood, reading.TripTask):
+    return functools.partial(trip_is_right, rows, understood)
+  found = meeting(record, understood)
+  measure = understood.details["label"].replace(" ", "_")
+  if task["kind"] == "bundle":
+    return functools.partial(_bundle_is_right, rows, understood, found, measure)
+  down = understood.details.get("order") in ("highest", "desc")
+  found = sorted(found, key=lambda row: row[measure], reverse=down)
+  if task["kind"] == "total":
+    want = [len(found), sum(row[measure] for row in found)]
+  elif task["kind"] == "ranking":
+    want = [[row["name"] for row in found]]
+  else:
+    parent = parents_of(rows)[understood.target]
+    want = [found[0]["name"], found[0][parent], found[0][measure]]
+  return lambda answer: list(answer.values()) == want
+
+
+def _bundle_is_right(rows, understood, found, measure, answer):
+  names, total = answer.values()
+  details = understood.details
+  by_name = {row["name"]: row for row in found}
+  if not set(names) <= set(by_name):
+    return False
+  chosen = [by_name[name] for name in names]
+  parent = parents_of(rows)[understood.target]
+  standard = details["standard"].replace(" ", "_")
+  size = int(details["size"])
+  dear = any(row[measure] > int(details["limit"]) for row in chosen)
+  low = any(row[standard] < float(details["required"]) for row in chosen)
+  return (
+    len(chosen) == len({row[parent] for row in chosen}) == size
+    and sum(row[measure] for row in chosen) == total
+    and total <= int(details["budget"])
+    and not (dear and low)
+  )
+
+
 def keeps_rule(rule, hotel, lunch, dinner, ticket):
   """The conditional budget of a trip's day, by the paper's three cases."""
   meals, both, dear, one, middle, low = rule

@@ -1,8 +1,8 @@
 """The environment of a synthesised general task: SQLite behind tools.
 
 The database is made in memory from the rows of the environment's record and
-cannot be written to. `call` is the whole step without waiting; a policy that
-runs in this process may use it directly.
+cannot be written to. Nothing waits, so a policy that runs in this process may
+use `start`, `call` and `reward` in the place of the coroutines.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,9 +11,8 @@ import json
 import sqlite3
 from typing import Any
 
-import jsonschema
-
 from dsv32_jax.agents import tools
+from dsv32_jax.agents.environments import checked
 from dsv32_jax.agents.environments import protocol
 from dsv32_jax.agents.environments import read_only
 from dsv32_jax.agents.synthesis.general import programs
@@ -23,7 +22,7 @@ MAX_STEPS = 2000
 MAX_ANSWER_CHARS = 100_000
 
 
-class GeneralEnvironment:
+class GeneralEnvironment(checked.CheckedEnvironment):
   """One task over one database; see protocol.Environment."""
 
   def __init__(
@@ -43,97 +42,95 @@ class GeneralEnvironment:
     Raises:
       ValueError: if max_steps is less than 1.
     """
-    if max_steps < 1:
-      raise ValueError(f"{max_steps=} must be at least 1")
-    self.task = task
-    self._max_steps = max_steps
     self.connection = read_only.connect(record["rows"])
-    self.tools = Tools(
-      [tool_specs.ToolSpec.load(spec) for spec in record["tools"]],
-      self.connection,
-    )
-    self._verify = load_verifier(task["verifier"], self.connection)
-    self._state: dict[str, Any] | None = None
+    specs = [tool_specs.ToolSpec.load(spec) for spec in record["tools"]]
+    self.tools = Tools(specs, self.connection)
+    super().__init__(task["id"], self.tools, max_steps)
+    self.task = task
+    self.judge = Judge(task["answer_schema"], task["verifier"], self.connection)
 
   async def reset(self) -> protocol.Start:
-    return self.begin()
-
-  async def step(self, call: protocol.ToolCall) -> protocol.Step:
-    return self.call(call.name, call.arguments)
+    return self.start()
 
   async def verify(self) -> float:
     return self.reward()
 
+  def snapshot(self) -> dict[str, Any]:
+    return {"task": self.task["id"], "state": dict(self.state)}
+
   async def restore(self, snapshot: Mapping[str, Any]) -> None:
-    if snapshot["task"] != self.task["id"]:
-      raise ValueError(f"{snapshot['task']=} is not {self.task['id']=}")
+    self.check_snapshot(snapshot)
     self._state = dict(snapshot["state"])
 
   async def close(self) -> None:
     self.connection.close()
 
-  def snapshot(self) -> dict[str, Any]:
-    return {
-      "task": self.task["id"],
-      "state": dict(self._running()),
-    }
+  async def carry_out(self, call: protocol.ToolCall) -> str:
+    value = self.tools.value(call.name, call.arguments)
+    if call.name == tool_specs.SUBMIT.name:
+      self.state.update(done=True, answer=call.arguments["answer_text"])
+      return "The answer is submitted."
+    return json.dumps(value, ensure_ascii=False)
 
-  def begin(self) -> protocol.Start:
-    """Begins an episode."""
-    self._state = {"steps": 0, "done": False, "answer": None}
+  def start(self) -> protocol.Start:
+    """Is `reset` for callers without an event loop."""
+    self.begin(answer=None)
     return protocol.Start(
       observation=prompt(self.task), tools=self.tools.schemas
     )
 
   def call(self, name: str, arguments: Any) -> protocol.Step:
-    """Carries out a call; see protocol.Environment.step."""
-    state = self._running()
-    if state["done"]:
-      raise RuntimeError("the episode is done")
-    state["steps"] += 1
+    """Is `step` for callers without an event loop: nothing here waits."""
+    step = self.step(protocol.ToolCall(name=name, arguments=arguments))
     try:
-      value = self.tools.run(name, arguments)
-    except tools.ToolError as error:
-      text = f"error: {error}"
-    else:
-      text = json.dumps(value, ensure_ascii=False)
-      if name == tool_specs.SUBMIT.name:
-        state |= {"done": True, "answer": arguments["answer_text"]}
-        text = "The answer is submitted."
-    state["done"] = state["done"] or state["steps"] >= self._max_steps
-    return protocol.Step(observation=text, done=state["done"])
+      step.send(None)
+    except StopIteration as ended:
+      return ended.value
+    raise AssertionError("a general tool waits")
 
   def reward(self) -> float:
     """Returns 1 if the submitted answer fits its schema and is right."""
-    text = self._running()["answer"]
-    return float(text is not None and self.accepts(text))
-
-  def accepts(self, answer_text: str) -> bool:
-    """Tells if an answer, as JSON text, is right."""
+    text = self.state["answer"]
+    if text is None:
+      return 0.0
     try:
-      answer = parse_answer(answer_text)
+      return float(self.judge.accepts(parse_answer(text)))
     except ValueError:
+      return 0.0
+
+
+class Judge:
+  """Tells which answers are right."""
+
+  def __init__(
+    self,
+    schema: Mapping[str, Any],
+    verifier: str,
+    connection: sqlite3.Connection,
+  ):
+    """Takes schema and source; ValueError if one is not what it must be."""
+    self._checker = answer_checker(schema)
+    self._verify = load_verifier(verifier, connection)
+
+  def fits(self, answer: Any) -> bool:
+    """Tells if an answer is of the schema."""
+    try:
+      self._checker.check("answer", {"answer": answer})
+    except tools.ToolError:
       return False
-    schema = json.dumps(self.task["answer_schema"], sort_keys=True)
-    return validator(schema).is_valid(answer) and self._verify(answer)
+    return True
 
-  def _running(self):
-    if self._state is None:
-      raise RuntimeError("no episode runs: call reset first")
-    return self._state
+  def accepts(self, answer: Any) -> bool:
+    """Tells if an answer is of the schema and right."""
+    return self.fits(answer) and self._verify(answer)
 
 
-class Tools:
-  """Tools of a database, by name; arguments are checked before they run."""
+class Tools(tools.CallChecker):
+  """Tools of a database, by name."""
 
   def __init__(
     self, specs: list[tool_specs.ToolSpec], connection: sqlite3.Connection
   ):
-    self.connection = connection
-    self._specs = {
-      spec.name: (spec, validator(json.dumps(spec.parameters)))
-      for spec in specs
-    }
     self.schemas = tuple(
       protocol.ToolSchema(
         name=spec.name,
@@ -142,23 +139,18 @@ class Tools:
       )
       for spec in specs
     )
+    super().__init__(self.schemas)
+    self._specs = {spec.name: spec for spec in specs}
+    self._connection = connection
 
-  def run(self, name: str, arguments: Any) -> Any:
-    """Returns what a tool answers.
+  def value(self, name: str, arguments: Mapping[str, Any]) -> Any:
+    """Returns what a tool answers to a call that was checked.
 
     Raises:
-      tools.ToolError: if there is no such tool, or the arguments are not
-        of its schema or name nothing.
+      tools.ToolError: if the arguments name nothing.
     """
-    if name not in self._specs:
-      raise tools.ToolError(f"there is no tool {name!r}")
-    spec, validator = self._specs[name]
-    if not validator.is_valid(arguments):
-      wrong = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
-      where = "".join(f".{part}" for part in wrong.absolute_path)
-      raise tools.ToolError(f"{name}: arguments{where}: {wrong.message[:200]}")
     try:
-      return tool_specs.execute(spec, arguments, self.connection)
+      return tool_specs.execute(self._specs[name], arguments, self._connection)
     except UnicodeEncodeError as error:
       raise tools.ToolError(f"{name}: text is no Unicode") from error
 
@@ -171,7 +163,8 @@ class Tools:
 
     def function(name):
       def run(**arguments):
-        value = self.run(name, arguments)
+        self.check(name, arguments)
+        value = self.value(name, arguments)
         calls.append((name, arguments, value))
         return value
 
@@ -236,7 +229,13 @@ def _check_verifier(source):
   programs.check(source, "verify", 1, ("query",))
 
 
-@functools.lru_cache(maxsize=4096)
-def validator(schema: str) -> jsonschema.Draft202012Validator:
-  """Returns the validator of a JSON schema, given as text."""
-  return jsonschema.Draft202012Validator(json.loads(schema))
+def answer_checker(schema: Mapping[str, Any]) -> tools.CallChecker:
+  """Returns what checks {"answer": value} under the name "answer".
+
+  Raises:
+    ValueError: it is no JSON schema.
+  """
+  parameters = {"type": "object", "properties": {"answer": schema}}
+  return tools.CallChecker(
+    [protocol.ToolSchema(name="answer", description="", parameters=parameters)]
+  )

@@ -140,7 +140,7 @@ class WrittenEnvironment(checked.CheckedEnvironment):
     self.task = task
     self._tools = WrittenWorld(box, record["rows"], record["tools"])
     self._judge = WrittenWorld(box, record["rows"])
-    self._answer_checker = answer_checker(task["answer_schema"])
+    self._answer_checker = general.answer_checker(task["answer_schema"])
 
   async def reset(self) -> protocol.Start:
     # A tool may keep what it likes between calls, but not between episodes.
@@ -217,15 +217,3 @@ def schemas(
     protocol.ToolSchema(**{name: tool[name] for name in shown})
     for tool in written
   ]
-
-
-def answer_checker(schema: Mapping[str, Any]) -> tools.CallChecker:
-  """Returns what checks {"answer": value} under the name "answer".
-
-  Raises:
-    ValueError: it is no JSON schema.
-  """
-  parameters = {"type": "object", "properties": {"answer": schema}}
-  return tools.CallChecker(
-    [protocol.ToolSchema(name="answer", description="", parameters=parameters)]
-  )

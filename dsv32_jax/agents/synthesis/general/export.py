@@ -108,7 +108,7 @@ def trajectory_rows(
 def trajectory(record, task) -> tuple[list[dict[str, Any]], float]:
   """Plays a task's solution; returns its messages and the reward."""
   environment = general.GeneralEnvironment(record, task)
-  start = environment.begin()
+  start = environment.start()
   shown = tools.CallChecker(start.tools).descriptions()
   messages = [
     {"role": "system", "content": "", "tools": shown},

@@ -226,7 +226,7 @@ def solved_after(
   try:
     for attempt in range(1, attempts + 1):
       rng = random.Random(f"{seed}/{attempt}")
-      policy(environment.begin(), environment.call, rng)
+      policy(environment.start(), environment.call, rng)
       if environment.reward() > 0:
         return attempt
     return None
@@ -253,7 +253,7 @@ def _baselines(config, rows, tools, task):
     rewards = []
     for attempt in range(config.baseline_attempts):
       rng = random.Random(f"{config.seed}/{task['id']}/{name}/{attempt}")
-      policy(environment.begin(), environment.call, rng)
+      policy(environment.start(), environment.call, rng)
       rewards.append(environment.reward())
     solved[name] = int(sum(rewards))
   environment.connection.close()

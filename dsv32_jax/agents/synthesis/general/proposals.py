@@ -14,6 +14,7 @@ from typing import Any
 
 from dsv32_jax.agents import sandbox
 from dsv32_jax.agents import tools
+from dsv32_jax.agents.environments import general
 from dsv32_jax.agents.environments import written
 from dsv32_jax.agents.synthesis import authoring
 from dsv32_jax.agents.synthesis.general import policies
@@ -97,7 +98,7 @@ async def judge(
 
 async def _judge(box, rows, written_tools, proposal, least_calls):
   check_schema(proposal.answer_schema)
-  checker = written.answer_checker(proposal.answer_schema)
+  checker = general.answer_checker(proposal.answer_schema)
   names = [tool["name"] for tool in written_tools]
   programs.check(proposal.solution, "solve", 0, names)
   programs.check(proposal.verifier, "verify", 1, ("query",))

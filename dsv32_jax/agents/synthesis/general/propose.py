@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import json
 import random
 from typing import Any
 
@@ -89,30 +88,15 @@ def accept(world: World, draft: tasks.Draft) -> dict[str, Any]:
     raise tasks.Rejection("the solution finds no answer")
   if len(draft.wrong_answers) < tasks.MIN_WRONG_ANSWERS:
     raise tasks.Rejection(f"only {len(draft.wrong_answers)} wrong answers")
-  environment = _Judge(draft, world.connection)
-  if not environment.accepts(answer):
+  judge = general.Judge(draft.answer_schema, draft.verifier, world.connection)
+  if not judge.accepts(answer):
     raise tasks.Rejection("the verifier refuses the solution's answer")
   for wrong in draft.wrong_answers:
-    if not environment.fits(wrong):
+    if not judge.fits(wrong):
       raise tasks.Rejection("a wrong answer is not well formed")
-    if environment.accepts(wrong):
+    if judge.accepts(wrong):
       raise tasks.Rejection("the verifier accepts a wrong answer")
   return {"answer": answer, "solution_calls": len(calls)}
-
-
-class _Judge:
-  """Answer schema and verifier of a draft."""
-
-  def __init__(self, draft, connection):
-    schema = json.dumps(draft.answer_schema, sort_keys=True)
-    self._validator = general.validator(schema)
-    self._verify = general.load_verifier(draft.verifier, connection)
-
-  def fits(self, answer):
-    return self._validator.is_valid(answer)
-
-  def accepts(self, answer):
-    return self.fits(answer) and self._verify(answer)
 
 
 def _try_level(world, kind, level, rng, reject):

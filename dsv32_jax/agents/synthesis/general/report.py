@@ -21,7 +21,7 @@ def report(workdir: pathlib.Path, baseline_attempts: int) -> dict[str, Any]:
   domains, kinds, levels, reasons, attempts, solved = (
     collections.Counter() for _ in range(6)
   )
-  fingerprints, pairs, lengths = set(), set(), {}
+  fingerprints, pairs, lengths, wrong = set(), set(), {}, []
   for record in campaign.read(workdir / campaign.ENVIRONMENTS_FILE):
     domains[record["domain"]] += 1
     fingerprints.add(record["fingerprint"])
@@ -32,6 +32,7 @@ def report(workdir: pathlib.Path, baseline_attempts: int) -> dict[str, Any]:
       attempts[task["attempts_until_solved"]] += 1
       solved.update(task["baselines"])
       lengths.setdefault(task["kind"], []).append(task["solution_calls"])
+      wrong.append(len(task["wrong_answers"]))
     for rejection in record["rejections"]:
       reasons[rejection["reason"]] += 1
   tasks = sum(kinds.values())
@@ -50,6 +51,10 @@ def report(workdir: pathlib.Path, baseline_attempts: int) -> dict[str, Any]:
     "levels": {str(level): levels[level] for level in sorted(levels)},
     "rejections": dict(reasons.most_common()),
     "attempts_until_solved": {str(n): attempts[n] for n in sorted(attempts)},
+    "wrong_answers_refused": {
+      "number": sum(wrong),
+      "fewest_of_a_task": min(wrong, default=0),
+    },
     "baselines": {
       name: number / played if played else None
       for name, number in solved.items()
