@@ -22,6 +22,7 @@ import select
 import signal
 import subprocess
 
+from dsv32_jax.agents.sandbox import cgroups
 from dsv32_jax.agents.sandbox import limits as limits_lib
 from dsv32_jax.agents.sandbox import processes
 from dsv32_jax.agents.sandbox import seccomp
@@ -58,6 +59,7 @@ class Bubblewrap:
     environment: Mapping[str, str],
     unix_sockets: bool,
     pass_fds: Sequence[int],
+    group: cgroups.Group | None,
     **streams,
   ) -> processes.Running:
     """Starts argv; SandboxError if bwrap does not get as far as a process."""
@@ -83,6 +85,7 @@ class Bubblewrap:
       elif user is not None:
         command += users.become(user)
       command += users.limit(limits) + list(argv)
+      command = cgroups.entering(group) + command
       process = subprocess.Popen(
         command,
         env={**environment, "HOME": FOLDER, "TMPDIR": FOLDER},
@@ -92,7 +95,7 @@ class Bubblewrap:
     finally:
       for descriptor in [*opened, info_out]:
         os.close(descriptor)
-    return _running(process, info_in)
+    return _running(process, info_in, group)
 
   def _namespaces(self) -> list[str]:
     options = ["--unshare-pid", "--unshare-net", "--unshare-ipc"]
@@ -129,7 +132,9 @@ def _mounts(readable: Sequence[str]) -> list[str]:
   return options
 
 
-def _running(process: subprocess.Popen, info_in: int) -> processes.Running:
+def _running(
+  process: subprocess.Popen, info_in: int, group: cgroups.Group | None
+) -> processes.Running:
   """Waits for the first process of the namespace; it ends with all others."""
   text = b""
   with os.fdopen(info_in, "rb", buffering=0) as info:
@@ -159,7 +164,7 @@ def _running(process: subprocess.Popen, info_in: int) -> processes.Running:
     used = (box.f_blocks - box.f_bfree) * box.f_frsize
     return used, box.f_files - box.f_ffree
 
-  def stop() -> None:
+  def end() -> None:
     if handle is not None:
       with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(handle, signal.SIGKILL)
@@ -172,4 +177,4 @@ def _running(process: subprocess.Popen, info_in: int) -> processes.Running:
     process.wait()
     processes.close_streams(process)
 
-  return processes.Running(process=process, disk=disk, stop=stop)
+  return processes.Running(process=process, disk=disk, end=end, group=group)

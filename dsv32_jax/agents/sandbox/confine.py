@@ -4,10 +4,10 @@
 that descriptor. The supervisor, this process, adopts whatever its descendants
 leave behind, and ends all of them when the command ends or the control
 descriptor closes or speaks: also when whoever started it is killed. The
-command runs in a child that gave up, in this order: root, its limits, the file
-system but for what Landlock grants, and the system calls of the filter. A
-child cannot signal or trace the supervisor. What goes wrong up to there is
-written to the status descriptor.
+command runs in a child that joined the run's cgroup, if it has one, and gave
+up, in this order: root, its limits, the file system but for what Landlock
+grants, and the system calls of the filter. A child cannot signal or trace the
+supervisor. What goes wrong up to there is written to the status descriptor.
 """
 
 import base64
@@ -118,6 +118,9 @@ def run_command(order) -> None:
     os.close(order["control"])
     os.setsid()
     os.chdir(order["folder"])
+    if order["entrance"] is not None:
+      with open(order["entrance"], "w") as entrance:
+        entrance.write("0")
     if order["user"] is not None:
       become(order["user"], order["keep_reading"])
     for name, (soft, hard) in order["limits"].items():

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 
+from dsv32_jax.agents.sandbox import cgroups
 from dsv32_jax.agents.sandbox import limits as limits_lib
 from dsv32_jax.agents.sandbox import processes
 from dsv32_jax.agents.sandbox import seccomp
@@ -74,6 +75,7 @@ class Landlock:
     environment: Mapping[str, str],
     unix_sockets: bool,
     pass_fds: Sequence[int],
+    group: cgroups.Group | None,
     **streams,
   ) -> processes.Running:
     """Starts argv; SandboxError if it could not be confined."""
@@ -90,6 +92,7 @@ class Landlock:
       "argv": list(argv),
       "environment": {**environment, "HOME": folder, "TMPDIR": folder},
       "folder": folder,
+      "entrance": None if group is None else group.entrance,
       "user": user,
       "keep_reading": user is not None and not all(map(_is_open, readable)),
       "limits": _resource_limits(limits, user),
@@ -115,13 +118,15 @@ class Landlock:
     finally:
       for descriptor in (letter, control_in, status_out):
         os.close(descriptor)
-    return _running(process, control_out, status_in, folder, limits.files)
+    return _running(
+      process, control_out, status_in, folder, limits.files, group
+    )
 
 
-def _running(process, control_out, status_in, folder, most_files):
+def _running(process, control_out, status_in, folder, most_files, group):
   """Waits until the command is confined."""
 
-  def stop() -> None:
+  def end() -> None:
     # The supervisor ends the others, then itself. A byte, as a process forked
     # from this one may hold the descriptor too.
     with contextlib.suppress(BrokenPipeError):
@@ -134,14 +139,15 @@ def _running(process, control_out, status_in, folder, most_files):
   with os.fdopen(status_in, "rb") as status:
     error = status.read()
   if error:
-    stop()
+    end()
     raise limits_lib.SandboxError(
       f"cannot confine: {error.decode(errors='replace')}"
     )
   return processes.Running(
     process=process,
     disk=lambda: processes.tree_usage(folder, most_files),
-    stop=stop,
+    end=end,
+    group=group,
   )
 
 

@@ -9,11 +9,16 @@ import sys
 import tempfile
 
 from dsv32_jax.agents.sandbox import bubblewrap
+from dsv32_jax.agents.sandbox import cgroups
 from dsv32_jax.agents.sandbox import confine
 from dsv32_jax.agents.sandbox import landlock
 from dsv32_jax.agents.sandbox import limits as limits_lib
 from dsv32_jax.agents.sandbox import run
 
+_GROUP_BOUND = (
+  "memory.max of a cgroup of the run's own, memory_bytes + disk_bytes + "
+  f"{cgroups.SLACK_BYTES >> 20} MiB"
+)
 _MEMORY_BOUND = (
   "the private pages of all processes are summed every "
   f"{1000 * run.POLL_SECONDS:.0f} ms and the run is ended above memory_bytes; "
@@ -89,12 +94,16 @@ def choose(candidates: dict[str, Callable]) -> Probe:
       break
     except limits_lib.SandboxError as error:
       refusals[name] = " ".join(str(error).split())
+  parent, why_not = cgroups.found()
   shared = isinstance(chosen, landlock.Landlock) and os.geteuid() != 0
   return Probe(
     backend=chosen,
     refusals=refusals,
-    memory_bound=_MEMORY_BOUND,
-    process_bound="RLIMIT_NPROC of "
+    memory_bound=f"{_GROUP_BOUND}; besides, {_MEMORY_BOUND}"
+    if parent
+    else f"{_MEMORY_BOUND} (there is no cgroup for a run: {why_not})",
+    process_bound=("pids.max of the run's cgroup, and " if parent else "")
+    + "RLIMIT_NPROC of "
     + ("the user, over what ran at the start" if shared else "the run alone"),
   )
 

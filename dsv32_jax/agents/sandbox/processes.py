@@ -7,6 +7,8 @@ import os
 import pathlib
 import subprocess
 
+from dsv32_jax.agents.sandbox import cgroups
+
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -32,13 +34,28 @@ class Running:
   Attributes:
     process: ends when the sandboxed command does.
     disk: returns (bytes, files) of the working folder.
-    stop: ends every process of the sandbox and clears its folder away;
-      returns when none is left. To be called once, also after a normal end.
+    end: ends every process of the sandbox and clears its folder away;
+      returns when none is left.
+    group: the cgroup of the run, if it has one.
   """
 
   process: subprocess.Popen
   disk: Callable[[], tuple[int, int]]
-  stop: Callable[[], None]
+  end: Callable[[], None]
+  group: cgroups.Group | None
+
+  def stop(self) -> None:
+    """Ends and clears away; to be called once, also after a normal end."""
+    try:
+      self.end()
+    finally:
+      if self.group is not None:
+        self.group.remove()
+
+  def how_it_ended(self) -> str:
+    """Returns "memory" if the kernel ended it for that, else "exit"."""
+    has_run_out = self.group is not None and self.group.ran_out_of_memory()
+    return "memory" if has_run_out else "exit"
 
   def usage(self) -> Usage:
     disk_bytes, files = self.disk()

@@ -15,6 +15,7 @@ import threading
 import time
 from typing import TypeVar
 
+from dsv32_jax.agents.sandbox import cgroups
 from dsv32_jax.agents.sandbox import limits as limits_lib
 from dsv32_jax.agents.sandbox import processes
 
@@ -125,17 +126,27 @@ class Sandbox:
     """Starts a command and leaves it running; the caller has to stop it."""
     if unix_sockets and not self.has_unix_sockets:
       raise limits_lib.SandboxError("this sandbox has no unix sockets")
-    return self._starter.submit(
-      self._backend.start,
-      limits_lib.check_command(argv),
-      limits=limits,
-      files=limits_lib.check_files(files, limits),
-      readable=self._readable,
-      environment={**self._environment, **(environment or {})},
-      unix_sockets=unix_sockets,
-      pass_fds=pass_fds,
-      **streams,
-    ).result()
+    command = limits_lib.check_command(argv)
+    given = limits_lib.check_files(files, limits)
+    parent, _ = cgroups.found()
+    group = None if parent is None else cgroups.make(parent, limits)
+    try:
+      return self._starter.submit(
+        self._backend.start,
+        command,
+        limits=limits,
+        files=given,
+        readable=self._readable,
+        environment={**self._environment, **(environment or {})},
+        unix_sockets=unix_sockets,
+        pass_fds=pass_fds,
+        group=group,
+        **streams,
+      ).result()
+    except BaseException:
+      if group is not None:
+        group.remove()
+      raise
 
   def _run(self, argv, files, stdin, limits, cancelled):
     begin = time.monotonic()
@@ -242,7 +253,7 @@ class _Watch:
       if self._is_flooded():
         return "output"
       if over:
-        return "exit"
+        return self._running.how_it_ended()
 
   def _read(self, descriptor: int) -> bool:
     """Takes what is there; returns whether there may be more."""

@@ -99,14 +99,14 @@ class Connection:
     except _OverError as over:
       return None, over.reason
     except (OSError, ValueError, RecursionError):
-      return None, "exit"
+      return None, self._running.how_it_ended()
 
   def _receive(self, size: int) -> bytes:
     data = bytearray()
     while len(data) < size:
       part = self._step(self._socket.recv, size - len(data))
       if not part:
-        raise _OverError("exit")
+        raise ConnectionError("the program ended")
       data += part
     return bytes(data)
 
