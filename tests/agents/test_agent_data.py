@@ -15,6 +15,7 @@ from dsv32_jax.agents import many
 from dsv32_jax.agents import tables
 from dsv32_jax.agents.synthesis.code import pipeline as code
 from dsv32_jax.agents.synthesis.general import export as general
+from dsv32_jax.agents.synthesis.interpreter import pipeline as interpreter
 from dsv32_jax.agents.synthesis.search import export as search
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "agent_data.md"
@@ -22,6 +23,7 @@ SCHEMAS = {
   "General tasks: `tasks`": general.TASK_SCHEMA,
   "Search tasks: `tasks`": search.TASK_SCHEMA,
   "Code tasks: `tasks`": code.TASK_SCHEMA,
+  "Interpreter tasks: `tasks`": interpreter.TASK_SCHEMA,
   "Solutions and walks: `trajectories`": general.TRAJECTORY_SCHEMA,
   "Episodes: `episodes`": episodes.SCHEMA,
 }
