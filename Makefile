@@ -55,7 +55,7 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(PYTEST) $(ARGS)
 
-# The long ones: the quickstart's smoke run, the notebook, every mesh and stage.
+# The long ones: the quickstart's smoke run, the notebooks, every mesh and stage.
 slow: $(STAMP)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" \
 	  $(PYTEST) -m "slow and not parity" $(ARGS)
