@@ -79,7 +79,7 @@ class SynthesisConfig:
 
 @dataclasses.dataclass
 class Timings:
-  """Seconds spent on an environment."""
+  """Processor seconds spent on an environment."""
 
   synthesis: float = 0.0
   filter: float = 0.0
@@ -137,7 +137,7 @@ def synthesize(
 
 def _try_environment(config, index, rng, policy, known, reject, timings):
   """Returns a record, or None with the reason told to `reject`."""
-  begun = time.perf_counter()
+  begun = time.process_time()
   domain = domains.DOMAINS[index % len(domains.DOMAINS)]
   variant = database.draw_variant(domain, rng)
   rows = database.draw_rows(variant, rng)
@@ -150,7 +150,7 @@ def _try_environment(config, index, rng, policy, known, reject, timings):
     toolset=toolset_lib.draw(variant, rng),
     connection=read_only.connect(rows),
   )
-  timings.synthesis += time.perf_counter() - begun
+  timings.synthesis += time.process_time() - begun
   kinds = rng.sample(propose.KINDS, len(propose.KINDS))
   if any(grid.name == "weather" for grid in variant.grids):
     kinds.insert(0, "trip")
@@ -167,10 +167,10 @@ def _try_environment(config, index, rng, policy, known, reject, timings):
       continue
     kept.append({"id": f"general-{index:05d}-{len(kept)}", **task})
   tools = [spec.dump() for spec in world.toolset.specs()]
-  begun = time.perf_counter()
+  begun = time.process_time()
   for task in kept:
     task["baselines"] = _baselines(config, rows, tools, task)
-  timings.baselines += time.perf_counter() - begun
+  timings.baselines += time.process_time() - begun
   world.connection.close()
   if len(kept) < config.tasks_of(index):
     reject("environment", 0, f"only {len(kept)} tasks were kept")
@@ -187,15 +187,15 @@ def _try_environment(config, index, rng, policy, known, reject, timings):
 
 def _propose_kept(config, world, kind, rng, policy, reject, timings):
   """Proposes a task and returns it if the policy can solve it."""
-  begun = time.perf_counter()
+  begun = time.process_time()
   try:
     task = propose.propose(world, kind, rng, reject)
   except tasks.Rejection as rejection:
     reject(kind, 0, str(rejection))
     return None
   finally:
-    timings.synthesis += time.perf_counter() - begun
-  begun = time.perf_counter()
+    timings.synthesis += time.process_time() - begun
+  begun = time.process_time()
   seed = rng.random()
   used = solved_after(
     {
@@ -207,7 +207,7 @@ def _propose_kept(config, world, kind, rng, policy, reject, timings):
     config.attempts,
     seed,
   )
-  timings.filter += time.perf_counter() - begun
+  timings.filter += time.process_time() - begun
   if used is None:
     reject(kind, task["level"], f"pass@{config.attempts} is zero")
     return None
