@@ -79,8 +79,9 @@ def dump(config: Any) -> dict[str, Any]:
 def editable(config: Any) -> config_dict.ConfigDict:
   """Turns a dataclass into the ConfigDict that `build` takes it back from.
 
-  A None where another type is allowed becomes a placeholder of that type, so
-  that `--config.field=value` is parsed as the type.
+  What may be None or a number is a reference of any type, so that both
+  `--config.field=None` and `--config.field=2` are parsed; None where text is
+  allowed becomes a placeholder of text. `build` checks the types.
   """
   annotations = typing.get_type_hints(type(config))
   editable_config = config_dict.ConfigDict(dump(config))
@@ -88,12 +89,17 @@ def editable(config: Any) -> config_dict.ConfigDict:
     if not field.init:
       continue
     value = getattr(config, field.name)
+    members = typing.get_args(annotations[field.name])
     if dataclasses.is_dataclass(value):
       editable_config[field.name] = editable(value)
-    elif value is None:
-      for member in typing.get_args(annotations[field.name]):
-        if member in _SCALARS:
-          editable_config[field.name] = config_dict.placeholder(member)
+    elif types.NoneType in members and {bool, int, float} & set(members):
+      # Put over a number, it would take the number's type.
+      del editable_config[field.name]
+      editable_config[field.name] = config_dict.FieldReference(
+        value, field_type=object
+      )
+    elif value is None and str in members:
+      editable_config[field.name] = config_dict.placeholder(str)
     elif isinstance(value, tuple):
       # Put over the list that `dump` makes, it would become a list itself,
       # and flags can only override tuples.

@@ -4,7 +4,9 @@ import dataclasses
 import json
 from typing import Literal
 
+from absl import flags
 from ml_collections import config_dict
+from ml_collections import config_flags
 import pytest
 
 from dsv32_jax import config_files
@@ -96,6 +98,51 @@ def test_what_json_cannot_hold_is_refused():
     config_files.dump(Inner(rate=float("inf")))
   with pytest.raises(ValueError, match="dataclass"):
     config_files.dump({"rate": 1.0})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optional:
+  steps: int | None = 3
+  rate: float | None = None
+  path: str | None = None
+
+
+@pytest.mark.parametrize(
+  ("given", "want"),
+  [
+    ("--config.steps=None", Optional(steps=None)),
+    ("--config.steps=5", Optional(steps=5)),
+    ("--config.rate=None", Optional()),
+    ("--config.rate=2", Optional(rate=2.0)),
+    ("--config.rate=1e-3", Optional(rate=1e-3)),
+    ("--config.path=5", Optional(path="5")),
+  ],
+)
+def test_a_flag_gives_a_number_or_none(given, want):
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict(
+    "config",
+    config_files.editable(Optional()),
+    flag_values=values,
+    sys_argv=["program", given],
+  )
+  values(["program", given])
+  assert config_files.build(Optional, values.config) == want
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"steps": "x"}, r"config\.steps='x' must be int"),
+    ({"steps": 1.5}, r"config\.steps=1\.5 must be int"),
+    ({"rate": True}, r"config\.rate=True must be float"),
+  ],
+)
+def test_an_optional_number_of_another_type_is_refused(change, message):
+  made = config_files.editable(Optional())
+  made.update(change)
+  with pytest.raises(ValueError, match=message):
+    config_files.build(Optional, made)
 
 
 def test_an_editable_tuple_stays_one():
