@@ -2,12 +2,17 @@
 
 python -m experiments.rl_shown --config=configs/rl_shown.py --workdir=DIR
 
-Variants: full, smoke (a minute; shows that it runs and nothing else).
+Variants: full, smoke (a minute; shows that it runs and nothing else), and
+quickstart, from what `make quickstart` leaves:
+--config.rl.init_from=runs/quickstart/sparse/checkpoints
+--config.rl.tokenizer.path=runs/quickstart/tokenizer.json
 """
 
 import dataclasses
+from typing import Any
 
 from configs import rl
+from dsv32_jax.recipe import sizes
 from dsv32_jax.rl import run_config
 from dsv32_jax.rl import shown
 from dsv32_jax.training import checkpoint
@@ -17,22 +22,43 @@ from experiments import common
 
 
 def full() -> shown.ShownConfig:
-  config = rl.tiny(
-    rollouts=150,
-    prompts=32,
+  return _comparison(rl.tiny(prompts=32, **_run(rollouts=150, every=25)))
+
+
+def quickstart() -> shown.ShownConfig:
+  """A model that has read code, six times as large."""
+  # With its tokenizer a problem has 68 tokens, an answer 20.
+  run = rl.rl_config(
+    sizes.full().model,
+    row_length=95,
+    max_tokens=24,
+    max_batch=16,
+    prompts=16,
+    **_run(rollouts=80, every=20),
+  )
+  return _comparison(run)
+
+
+def _run(*, rollouts: int, every: int) -> dict[str, Any]:
+  """What else the runs share."""
+  return dict(
+    rollouts=rollouts,
     optimizer=optimizer.OptimizerConfig(
       # Two steps a rollout: the last are the smallest.
       schedule=schedule.ScheduleConfig(
-        peak=1e-3, warmup_steps=10, decay_steps=290, final=1e-4
+        peak=1e-3, warmup_steps=10, decay_steps=2 * rollouts - 10, final=1e-4
       ),
       weight_decay=0.0,
     ),
-    evaluation=run_config.EvaluationConfig(every=25, problems=400),
+    evaluation=run_config.EvaluationConfig(every=every, problems=400),
     checkpoint=checkpoint.CheckpointConfig(every_steps=50, max_to_keep=1),
   )
+
+
+def _comparison(run: run_config.RlConfig) -> shown.ShownConfig:
   return shown.ShownConfig(
     rl=dataclasses.replace(
-      config, learner=dataclasses.replace(config.learner, minibatches=2)
+      run, learner=dataclasses.replace(run.learner, minibatches=2)
     ),
     sft_optimizer=optimizer.OptimizerConfig(
       schedule=schedule.ScheduleConfig(peak=3e-3, warmup_steps=20)
@@ -67,4 +93,6 @@ def smoke() -> shown.ShownConfig:
 
 
 def get_config(variant: str = "full"):
-  return common.config_variant({"full": full, "smoke": smoke}, variant)
+  return common.config_variant(
+    {"full": full, "quickstart": quickstart, "smoke": smoke}, variant
+  )

@@ -40,10 +40,11 @@ SOLVED_FILE = "solved.jsonl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShownConfig:
-  """A comparison; `rl.init_from` is its own to set.
+  """A comparison.
 
   Attributes:
-    rl: the GRPO run; its tasks, model and evaluation are the fine-tuning's too.
+    rl: the GRPO run; its tasks, model and evaluation are the fine-tuning's too,
+      which starts from its `init_from` (None: fresh weights).
     sft_optimizer: of the fine-tuning.
     further_optimizer: of its continuation.
     solved: problems of each task whose solutions the fine-tuning sees.
@@ -110,15 +111,18 @@ class FineTuning:
     seconds: of training, compilation included, evaluation not.
   """
 
-  def __init__(self, config: ShownConfig, workdir: str, *, init_from=None):
+  def __init__(
+    self, config: ShownConfig, workdir: str, name: str, *, init_from
+  ):
     """Opens data, model and engine.
 
     Args:
       config: of the comparison.
       workdir: folder of the comparison, with solved.jsonl and tokenizer.json.
+      name: of its folder there.
       init_from: folder of checkpoints to start from, or None.
     """
-    folder = os.path.join(workdir, "further_sft" if init_from else "sft")
+    folder = os.path.join(workdir, name)
     os.makedirs(folder, exist_ok=True)
     self.curve: list[dict[str, float]] = []
     self.step, self.seconds = 0, 0.0
@@ -227,7 +231,9 @@ def fine_tune_until_flat(config: ShownConfig, workdir: str):
   # Of a fine-tuning that was killed before it could say that it was done.
   shutil.rmtree(start_folder(workdir), ignore_errors=True)
   best, best_model, since = -1.0, None, 0
-  with FineTuning(config, workdir) as tuning:
+  with FineTuning(
+    config, workdir, "sft", init_from=config.rl.init_from
+  ) as tuning:
     while since < config.patience and tuning.step < config.max_steps:
       tuning.train(config.evaluate_every)
       value = tuning.evaluate()
@@ -246,7 +252,7 @@ def fine_tune_on(config: ShownConfig, workdir: str, seconds: float):
   """
   start = start_folder(workdir)
   config = dataclasses.replace(config, sft_optimizer=config.further_optimizer)
-  with FineTuning(config, workdir, init_from=start) as tuning:
+  with FineTuning(config, workdir, "further_sft", init_from=start) as tuning:
     tuning.evaluate()
     while tuning.seconds < seconds:
       tuning.train(config.further_evaluate_every, until_seconds=seconds)

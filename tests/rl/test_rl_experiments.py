@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,9 +12,11 @@ from configs import rl_ablation
 from configs import rl_length
 from configs import rl_shown
 from dsv32_jax import config_files
+from dsv32_jax.model import fresh
 from dsv32_jax.rl import ablation
 from dsv32_jax.rl import length_study
 from dsv32_jax.rl import once
+from dsv32_jax.rl import policy
 from dsv32_jax.rl import run_config
 from dsv32_jax.rl import sampling
 from dsv32_jax.rl import shown
@@ -129,8 +132,8 @@ def test_a_fine_tuning_that_was_killed_at_its_end_begins_anew(
 
     step, curve = 0, ()
 
-    def __init__(self, config, workdir):
-      del config, workdir
+    def __init__(self, config, workdir, name, *, init_from):
+      del config, workdir, name, init_from
 
     def train(self, steps):
       self.step += steps
@@ -161,9 +164,25 @@ def test_a_fine_tuning_that_was_killed_at_its_end_begins_anew(
     config = dataclasses.replace(config, max_steps=3)
   # First the second of two, then the only one.
   for found, step in zip(starts, (6, 3), strict=True):
-    tuning = Tuning(config, None)
+    tuning = Tuning(config, None, "sft", init_from=None)
     tuning.step = step
     np.testing.assert_array_equal(found, tuning.model().head.kernel[...])
+
+
+def test_a_fine_tuning_starts_from_the_model_it_is_told(tmp_path):
+  pretrained = fresh.fresh_model(SHOWN.rl.model, seed=7, dtype=jnp.float32)
+  folder = str(tmp_path / "checkpoints")
+  model_checkpoint.save_model(pretrained, folder)
+  policy.make_tokenizer(SHOWN.rl).save(tmp_path / "tokenizer.json")
+  shown.write_solved(SHOWN.rl, 4, str(tmp_path / shown.SOLVED_FILE))
+  config = dataclasses.replace(
+    SHOWN, rl=dataclasses.replace(SHOWN.rl, init_from=folder)
+  )
+  with shown.FineTuning(
+    config, str(tmp_path), "sft", init_from=config.rl.init_from
+  ) as tuning:
+    found = tuning.model().head.kernel[...]
+  np.testing.assert_array_equal(found, pretrained.head.kernel[...])
 
 
 @pytest.mark.parametrize("name", ["solved", "patience", "max_steps"])
