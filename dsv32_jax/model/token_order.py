@@ -10,6 +10,7 @@ own order, so slots, masks and indices mean what they mean everywhere.
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from dsv32_jax import sharding
 
@@ -39,6 +40,11 @@ class TokenOrder:
     moved_BTX = both.reshape(batch, length, *rest)
     axes = ("batch", "length", *(None for _ in rest))
     return sharding.constrain(moved_BTX, *axes)
+
+  def places(self, length: int) -> np.ndarray:
+    """Where in a row each token of this order comes from, on the host."""
+    halves = np.arange(length).reshape(2, self.shards, -1)
+    return np.stack([halves[0], halves[1, ::-1]], axis=1).reshape(-1)
 
   def restore(self, x_BTX):
     """Undoes `apply`; every device of a row gets it whole."""

@@ -10,6 +10,7 @@ from dsv32_jax.ahead import report
 from dsv32_jax.data import batch as batch_lib
 from dsv32_jax.model import config as config_lib
 from dsv32_jax.model import fresh
+from dsv32_jax.model import token_order
 from dsv32_jax.rl import learner
 from dsv32_jax.rl import logprobs
 from dsv32_jax.rl import replay
@@ -105,6 +106,7 @@ def abstract_batch(config: run_config.RlConfig, mesh) -> replay.ReplayBatch:
     selection_LBTS=layered(jnp.int32, model.num_layers, model.index_top_k)
     if learns.replay_selection
     else None,
+    order=token_order.balanced(shape[1]),
   )
   return jax.tree.map(
     lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),

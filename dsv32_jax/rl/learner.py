@@ -67,6 +67,7 @@ def policy_forward(
     segments_BT=batch.batch.segments_BT,
     options=config.stage.options(model.config),
     replay=batch.replayed(routing=routing, selection=config.replay_selection),
+    order=batch.order,
     with_logits=False,
     remat=remat,
   )
@@ -121,7 +122,7 @@ def rl_loss(
     The scalar loss, and (metrics, load_LE) as of `step.stage_loss`.
   """
   stage, tokens = config.stage, batch.batch
-  per = per or step_lib.denominators(tokens, 1)
+  per = per or step_lib.denominators(tokens, 1, batch.order)
   output, logp_BT, entropy_BT = policy_forward(
     model, batch, config, routing=config.keep_routing, remat=remat
   )
@@ -149,6 +150,7 @@ def rl_loss(
     positions_BT=tokens.positions_BT,
     segments_BT=tokens.segments_BT,
     options=stage.options(model.config),
+    order=batch.order,
     remat=remat,
   )
   loss += further
@@ -187,7 +189,7 @@ def make_learner_step(
     pieces = microbatches
     if rows is not None:
       pieces *= batch.advantages_B.shape[0] // rows
-    per = step_lib.denominators(batch.batch, pieces)
+    per = step_lib.denominators(batch.batch, pieces, batch.order)
 
     def loss_of(trained, batch):
       model = step_lib.merge_model(graph, state._replace(trained=trained))

@@ -41,4 +41,5 @@ def cut(batch: replay.ReplayBatch, microbatches: int) -> replay.ReplayBatch:
     kept=logprobs.KeptSets(*jax.tree.map(by_rows, tuple(batch.kept))),
     experts_LBTA=jax.tree.map(by_layers, batch.experts_LBTA),
     selection_LBTS=jax.tree.map(by_layers, batch.selection_LBTS),
+    order=batch.order,
   )

@@ -21,6 +21,7 @@ import numpy as np
 from dsv32_jax import sharding
 from dsv32_jax.data import batch as batch_lib
 from dsv32_jax.model import config as config_lib
+from dsv32_jax.model import token_order
 from dsv32_jax.model import transformer
 from dsv32_jax.rl import logprobs
 from dsv32_jax.rl import trajectory
@@ -51,6 +52,7 @@ class ReplayBatch:
     kept: the sets drawn from.
     experts_LBTA: uint8 or uint16 routing over the MoE layers, or None.
     selection_LBTS: int32 selected keys over all layers, or None.
+    order: in which all that a token has lies along T; None for its own.
   """
 
   batch: batch_lib.Batch
@@ -63,6 +65,9 @@ class ReplayBatch:
   kept: logprobs.KeptSets
   experts_LBTA: np.ndarray | jax.Array | None = None
   selection_LBTS: np.ndarray | jax.Array | None = None
+  order: token_order.TokenOrder | None = dataclasses.field(
+    default=None, metadata=dict(static=True)
+  )
 
   def replayed(self, *, routing: bool, selection: bool) -> transformer.Replay:
     """The recorded choices as the model takes them.
@@ -283,8 +288,38 @@ def bytes_per_token(batch: ReplayBatch) -> dict[str, float]:
 
 
 def place(batch: ReplayBatch, mesh: jax.sharding.Mesh) -> ReplayBatch:
-  """Lays a batch on a mesh: rows over the batch's axes, tokens over context."""
+  """Lays a batch on a mesh: rows over the batch's axes, tokens over context.
+
+  Where context splits a row its tokens come into the order that balances causal
+  work: here, on the host, since a device would need whole rows for that.
+  """
+  with jax.set_mesh(mesh):
+    order = token_order.balanced(batch.batch.tokens_BT.shape[1])
+  if order is not None:
+    batch = _reordered(batch, order)
   return jax.tree.map(jax.device_put, batch, layouts(batch, mesh))
+
+
+def _reordered(batch: ReplayBatch, order) -> ReplayBatch:
+  assert batch.order is None, "the batch has an order"
+  places_T = order.places(batch.batch.tokens_BT.shape[1])
+
+  def by_rows(x_BTX):
+    return np.take(x_BTX, places_T, axis=1)
+
+  def by_layers(x_LBTX):
+    return np.take(x_LBTX, places_T, axis=2)
+
+  return dataclasses.replace(
+    batch,
+    batch=jax.tree.map(by_rows, batch.batch),
+    old_logp_BT=by_rows(batch.old_logp_BT),
+    ref_logp_BT=by_rows(batch.ref_logp_BT),
+    kept=jax.tree.map(by_rows, batch.kept),
+    experts_LBTA=jax.tree.map(by_layers, batch.experts_LBTA),
+    selection_LBTS=jax.tree.map(by_layers, batch.selection_LBTS),
+    order=order,
+  )
 
 
 def layouts(batch: ReplayBatch, mesh: jax.sharding.Mesh) -> ReplayBatch:
@@ -308,4 +343,5 @@ def layouts(batch: ReplayBatch, mesh: jax.sharding.Mesh) -> ReplayBatch:
     kept=logprobs.KeptSets(*(layout(x, *tokens, None) for x in batch.kept)),
     experts_LBTA=layout(batch.experts_LBTA, None, *tokens, None),
     selection_LBTS=layout(batch.selection_LBTS, None, *tokens, None),
+    order=batch.order,
   )

@@ -270,9 +270,9 @@ def update(
   return state, metrics
 
 
-def denominators(batch, microbatches: int) -> Denominators:
-  """Counts what the losses of a whole batch are divided by."""
-  _, further_BT = losses.mtp_targets(batch.targets_BT, batch.loss_mask_BT)
+def denominators(batch, microbatches: int, order=None) -> Denominators:
+  """Counts what the losses of a whole batch, in an order, are divided by."""
+  _, further_BT = _mtp_targets(batch, order)
   return Denominators(
     targets=jnp.maximum(jnp.sum(batch.loss_mask_BT), 1.0),
     further_targets=jnp.maximum(jnp.sum(further_BT), 1.0),

@@ -28,6 +28,7 @@ def test_order_by_counting(shards):
   place_BT = jnp.broadcast_to(jnp.arange(length), (2, length))
   got = order.apply(place_BT)
   np.testing.assert_array_equal(got, [want, want])
+  np.testing.assert_array_equal(order.places(length), want)
   np.testing.assert_array_equal(order.restore(got), place_BT)
   x_BTD = jax.random.normal(jax.random.key(0), (2, length, 5))
   np.testing.assert_array_equal(order.apply(x_BTD), x_BTD[:, np.array(want)])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsv32_jax import sharding
+from dsv32_jax.model import token_order
 from dsv32_jax.rl import config as rl_config
 from dsv32_jax.rl import grpo
 from dsv32_jax.rl import learner
@@ -63,14 +64,21 @@ def log_ratio(model, batch, config, **kwargs):
   return np.max(np.abs(gap_BT * batch.batch.loss_mask_BT))
 
 
-def perturbed(model, *, bias=0.0, router=0.0):
-  """A copy of the model whose router has moved."""
+def perturbed(model, *, bias=0.0, router=0.0, indexer=0.0):
+  """A copy of the model whose router and indexer have moved."""
   copy = nnx.clone(model)
   generator = np.random.default_rng(5)
   ffn = copy.moe_layers.ffn
   for variable, scale in ((ffn.expert_bias, bias), (ffn.router, router)):
     noise = scale * generator.normal(size=variable[...].shape)
     variable[...] += jnp.asarray(noise, jnp.float32)
+  noise = jax.tree.map(
+    lambda x: (
+      x + indexer * jnp.asarray(generator.normal(size=x.shape), x.dtype)
+    ),
+    nnx.state(copy, stages.in_indexer),
+  )
+  nnx.update(copy, noise)
   return copy
 
 
@@ -86,13 +94,7 @@ def test_keep_routing_undoes_a_moved_bias(model, batch):
 
 
 def test_a_replayed_selection_undoes_a_moved_indexer(model, batch):
-  moved = nnx.clone(model)
-  state = nnx.state(moved, stages.in_indexer)
-  generator = np.random.default_rng(2)
-  noise = jax.tree.map(
-    lambda x: x + jnp.asarray(generator.normal(size=x.shape), x.dtype), state
-  )
-  nnx.update(moved, noise)
+  moved = perturbed(model, indexer=1.0)
   replayed = dataclasses.replace(CONFIG, replay_selection=True)
   assert log_ratio(moved, batch, replayed) < 1e-5
   assert log_ratio(moved, batch, CONFIG) > 1e-2
@@ -292,20 +294,28 @@ def test_kl_weight_of_a_domain():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "axes, microbatches",
+  "axes, microbatches, queries, replays_selection, mtp",
   [
-    (dict(data=2, expert=2, context=2), 1),
-    (dict(fsdp=2, context=2, tensor=2), 2),
+    (dict(data=2, expert=2, context=2), 1, 2, True, 1),
+    (dict(fsdp=2, context=2, tensor=2), 2, 4, False, 0),
   ],
 )
-def test_a_step_on_eight_devices_equals_one(model, axes, microbatches):
+def test_a_step_on_eight_devices_equals_one(
+  axes, microbatches, queries, replays_selection, mtp
+):
+  model = models.tiny_model(num_layers=2, num_mtp_layers=mtp)
   trajectories = rollouts.rollout(model, rows=8, length=17, top_p=0.7)
   batch = rollouts.pack(trajectories, model.config)
-  moved = perturbed(model, bias=0.5, router=0.1)
+  moved = perturbed(model, bias=0.5, router=0.1, indexer=1.0)
   stage = dataclasses.replace(
-    rl_config.JOINT, balance_weight=1e-2, router_bias_speed=1e-3
+    rl_config.JOINT,
+    mtp_weight=0.1 * mtp,
+    balance_weight=1e-2,
+    router_bias_speed=1e-3,
   )
-  config = dataclasses.replace(CONFIG, stage=stage)
+  config = dataclasses.replace(
+    CONFIG, stage=stage, replay_selection=replays_selection
+  )
   _, _, want_state, want = take_steps(moved, batch, config, peak=1e-3)
   mesh = sharding.make_mesh(sharding.MeshConfig(**axes), jax.devices()[:8])
   with jax.set_mesh(mesh):
@@ -313,6 +323,7 @@ def test_a_step_on_eight_devices_equals_one(model, axes, microbatches):
     layout = jax.tree.map(lambda x: x.sharding, sharding.placed(state, mesh))
     sharded = nnx.merge(graph, jax.device_put(state, layout))
     placed = replay.place(batch, mesh)
+    assert placed.order == token_order.TokenOrder(queries)
     experts = placed.experts_LBTA
     assert experts.addressable_shards[0].data.size < experts.size
     _, _, got_state, got = take_steps(

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv32_jax import sharding
 from dsv32_jax.model import presets
+from dsv32_jax.model import token_order
 from dsv32_jax.rl import logprobs
 from dsv32_jax.rl import microbatches
 from dsv32_jax.rl import replay
@@ -98,6 +100,41 @@ def kept_ids(kept, row, place):
 def test_the_shortest_length_that_fits():
   assert packed(part(0, 9)).batch.tokens_BT.shape == (4, 8)
   assert packed(part(0, 10)).batch.tokens_BT.shape == (4, 16)
+
+
+def test_places_tokens_in_the_order_that_balances_work():
+  given = [
+    part(
+      seed,
+      17,
+      selection_LNS=np.random.default_rng(seed).integers(0, 9, (3, 16, 2)),
+    )
+    for seed in range(4)
+  ]
+  batch = packed(*given)
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=2, context=4))
+  placed = replay.place(batch, mesh)
+  # Piece i and piece 7 - i, of two tokens each.
+  own = [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9]
+  assert placed.order == token_order.TokenOrder(4)
+
+  def check(names, of, along, places):
+    for name in names:
+      got, want = (
+        jax.tree.leaves(getattr(one, name)) for one in (of(placed), of(batch))
+      )
+      assert got
+      for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, np.take(b, places, along))
+
+  fields = [f.name for f in dataclasses.fields(batch.batch)]
+  check(fields, lambda x: x.batch, 1, own)
+  check(["old_logp_BT", "ref_logp_BT", "kept"], lambda x: x, 1, own)
+  check(["experts_LBTA", "selection_LBTS"], lambda x: x, 2, own)
+  rows = ["advantages_B", "kl_weight_B", "trajectory_B"]
+  check(rows, lambda x: x, 0, range(4))
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=4, expert=2))
+  assert replay.place(batch, mesh).order is None
 
 
 def test_pieces_of_a_batch_hold_its_rows():
