@@ -106,7 +106,7 @@ hopper-budget: $(STAMP)
 
 # The 671B model's step compiled for whole pods; the table goes to the README.
 pods:
-	$(MAKE) compile-pods VENV=.venv-tpu EXTRAS=tpu
+	$(MAKE) compile-pods VENV=.venv-tpu EXTRAS=tpu,agents
 
 compile-pods: $(STAMP)
 	$(BIN)/python -m experiments.compile_table --workdir=runs/pods \

@@ -6,9 +6,10 @@ config has a `learner`) or of a served model (`new_tokens`).
 python -m experiments.compile_for --topology=v5p:8x8x16 \
   --config=configs/deepseek_v32_671b.py:sparse --output=report.json
 
-A TPU topology needs libtpu (the extra `tpu`) and no TPU; cpu:8 compiles for
-that many CPU devices; h200:256 compiles nothing and counts by hand what a stage
-of training needs of that many GPUs in nodes of eight. Exit code 2 says that the
+Needs the extra `agents`: a run of reinforcement learning may name environments.
+A TPU topology needs libtpu (the extra `tpu`) and no TPU; cpu:8 compiles for as
+many CPU devices; h200:256 compiles nothing and counts by hand what a stage of
+training needs of that many GPUs in nodes of eight. Exit code 2 says that the
 step compiled, or failed to, because it does not fit.
 """
 

@@ -4,8 +4,8 @@ python -m experiments.compile_table --workdir=DIR --write_to=README.md
 
 Runs `experiments.compile_for` for each of TARGETS, one after the other (five
 minutes and 9 GB each on two cores), keeps its report in DIR and reads it from
-there the next time. Needs the extra `tpu` and no TPU. Of GPUs there is
-arithmetic only.
+there the next time. Needs the extras `tpu` and `agents` and no TPU. Of GPUs
+there is arithmetic only.
 """
 
 import json
