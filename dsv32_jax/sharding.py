@@ -293,14 +293,15 @@ def _whole(share, shape, axes, mesh):
     return share
   stored = partition_spec(shape, axes.stored, mesh)
   wanted = partition_spec(shape, axes.wanted, mesh)
-  # The minor axis first, one at a time: a gather over all axes of a mesh at
-  # once becomes an all-reduce on TPU.
-  hops = [
-    (dimension, axis)
-    for dimension, (has, wants) in enumerate(zip(stored, wanted))
-    for axis in reversed(_mesh_axes(has))
-    if axis not in _mesh_axes(wants)
-  ]
+  hops = []
+  for dimension, (has, wants) in enumerate(zip(stored, wanted)):
+    split = tuple(a for a in _mesh_axes(has) if a not in _mesh_axes(wants))
+    if math.prod(mesh.shape[axis] for axis in split) == mesh.size:
+      # A gather over all devices at once becomes an all-reduce on TPU: the
+      # minor axis first, one at a time.
+      hops += [(dimension, (axis,)) for axis in reversed(split)]
+    elif split:
+      hops.append((dimension, split))
   if not hops:
     return share
   return _gather(share, tuple(hops), axes.dtype, axes.tiled)
@@ -315,8 +316,8 @@ def _mesh_axes(entry) -> tuple[str, ...]:
 def _gather(share, hops, dtype, tiled):
   del tiled
   whole = share if dtype is None else share.astype(dtype)
-  for dimension, axis in hops:
-    whole = jax.lax.all_gather(whole, axis, axis=dimension, tiled=True)
+  for dimension, split in hops:
+    whole = jax.lax.all_gather(whole, split, axis=dimension, tiled=True)
   return whole.astype(share.dtype)
 
 
@@ -326,14 +327,14 @@ def _gather_forward(share, hops, dtype, tiled):
 
 def _gather_backward(hops, dtype, tiled, _, gradient):
   del dtype
-  for dimension, axis in reversed(hops):
+  for dimension, split in reversed(hops):
     if not tiled:
-      shape, parts = gradient.shape, jax.lax.axis_size(axis)
+      shape, parts = gradient.shape, jax.lax.axis_size(split)
       gradient = gradient.reshape(
         *shape[:dimension], parts, -1, *shape[dimension + 1 :]
       )
     gradient = jax.lax.psum_scatter(
-      gradient, axis, scatter_dimension=dimension, tiled=tiled
+      gradient, split, scatter_dimension=dimension, tiled=tiled
     )
   # A TPU's compiler stops with an internal error where it tries to move such a
   # sum out of the loop over microbatches.

@@ -86,7 +86,28 @@ def test_a_gradient_is_summed_in_shares(name):
   arrays = operands(equation)
   with jax.set_mesh(mesh):
     compiled, _ = gradient_step(equation, axes, mesh, arrays, 1)
-  moved = hlo.traffic(compiled.as_text(), 8).bytes
+  found = hlo.traffic(compiled.as_text(), 8)
   weight = 4 * arrays[1].size
-  assert moved["all-reduce"] == weight // 4
-  assert moved["reduce-scatter"] == weight * 3 // 4
+  assert found.bytes["all-reduce"] == weight // 4
+  assert found.bytes["reduce-scatter"] == weight * 3 // 4
+  assert found.instructions["reduce-scatter"] == 1
+
+
+@pytest.mark.parametrize(
+  "axes, gathers",
+  [
+    (dict(data=2, fsdp=2, context=2), 1),
+    # Never over all devices at once.
+    (dict(fsdp=2, context=4), 2),
+  ],
+)
+def test_a_weight_is_gathered_at_once(axes, gathers):
+  equation, of_weight = PRODUCTS["up"]
+  mesh = sharding.make_mesh(sharding.MeshConfig(**axes), jax.devices()[:8])
+  with jax.set_mesh(mesh):
+    compiled, _ = gradient_step(
+      equation, of_weight, mesh, operands(equation), 1
+    )
+  text = compiled.as_text()
+  assert hlo.traffic(text, 8).instructions["all-gather"] == gathers
+  assert hlo.most_gathered(text, 8) == 4
