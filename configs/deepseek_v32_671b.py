@@ -56,7 +56,7 @@ def _train(
     steps=steps,
     mesh=mesh,
     microbatches=microbatches,
-    remat="save_attention",
+    remat="save_selection",
     parameter_dtype="float32",
     compute_dtype="bfloat16",
     checkpoint=checkpoint.CheckpointConfig(every_steps=100),
@@ -121,7 +121,7 @@ def _grpo():
     max_staleness=1,
     reward=reward.RewardConfig(thinking=True, format_weight=1.0),
     mesh=_MESH,
-    remat="save_attention",
+    remat="save_selection",
     compute_dtype="bfloat16",
     checkpoint=checkpoint.CheckpointConfig(every_steps=25),
   )

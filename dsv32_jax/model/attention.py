@@ -260,5 +260,4 @@ def attend(
     ),
     (per_head, per_query)[: 2 if loss else 1],
   )
-  values_BTHV = ad_checkpoint.checkpoint_name(results[0], "attention")
-  return values_BTHV, results[1] if loss else None
+  return results[0], results[1] if loss else None

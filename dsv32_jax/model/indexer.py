@@ -106,7 +106,7 @@ class Indexer(nnx.Module):
       _QUERY_AXES,
     )
     key_BTK = layers.product(
-      "BTD,DK->BTK", x_BTD, self.key[...].astype(dtype), _KEY_AXES
+      "BTD,DK->BTK", x_BTD, self.key[...].astype(dtype), _KEY_AXES, keep=True
     )
     query_BTIK = rotate_first(query_BTIK, cos_BTP, sin_BTP)
     key_BTK = rotate_first(self.key_norm(key_BTK), cos_BTP, sin_BTP)
@@ -119,6 +119,7 @@ class Indexer(nnx.Module):
       self.weight[...].astype(jnp.float32),
       _WEIGHT_AXES,
       precision=jax.lax.Precision.HIGHEST,
+      keep=True,
     )
     return IndexInputs(
       query_BTIK, key_BTK, weight_BTI * self.config.index_scale

@@ -4,6 +4,7 @@ import re
 
 from flax import nnx
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from dsv32_jax import sharding
@@ -29,7 +30,9 @@ def parameter(rngs, shape, axes, *, scale, dtype) -> nnx.Param:
   return nnx.Param(value.astype(dtype), axes=axes)
 
 
-def product(equation: str, x, weight, axes, *, precision=None):
+def product(
+  equation: str, x, weight, axes, *, precision=None, keep: bool = False
+):
   """Returns an einsum of tokens and a weight, the weight gathered by hand.
 
   Left to the compiler, the gradient of a weight is reduced in full on every
@@ -41,6 +44,8 @@ def product(equation: str, x, weight, axes, *, precision=None):
     weight: in the type of x.
     axes: logical axes of the weight, by which it is stored.
     precision: of the product.
+    keep: let a rematerialised layer keep the result (`training.run.REMAT`),
+      where it is narrow: neither product nor gather is then done again.
   """
   x_letters, letters, out_letters = re.findall(r"\w+", equation)
   # Split inside its matrices, a stack of them is scattered as it lies.
@@ -61,7 +66,7 @@ def product(equation: str, x, weight, axes, *, precision=None):
     (tuple(map(split.get, x_letters)), how),
     (tuple(map(split.get, out_letters)),),
   )
-  return out
+  return ad_checkpoint.checkpoint_name(out, "projection") if keep else out
 
 
 def rms_norm(x_XD, scale_D, epsilon: float):

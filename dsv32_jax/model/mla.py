@@ -170,9 +170,10 @@ class LatentAttention(nnx.Module):
     """Returns query_latent_BTU (normed), query_nope_BTHN, query_rope_BTHR."""
     dtype = x_BTD.dtype
     query_down_DU = self.query_down[...].astype(dtype)
-    query_latent_BTU = self.query_norm(
-      layers.product("BTD,DU->BTU", x_BTD, query_down_DU, _QUERY_DOWN_AXES)
+    down_BTU = layers.product(
+      "BTD,DU->BTU", x_BTD, query_down_DU, _QUERY_DOWN_AXES, keep=True
     )
+    query_latent_BTU = self.query_norm(down_BTU)
     query_BTHQ = layers.product(
       "BTU,UHQ->BTHQ",
       query_latent_BTU,
@@ -187,7 +188,7 @@ class LatentAttention(nnx.Module):
     """Returns latent_BTC (normed) and key_rope_BTR (rotated)."""
     latent_down_DC = self.latent_down[...].astype(x_BTD.dtype)
     both_BTC = layers.product(
-      "BTD,DC->BTC", x_BTD, latent_down_DC, _LATENT_AXES
+      "BTD,DC->BTC", x_BTD, latent_down_DC, _LATENT_AXES, keep=True
     )
     rank = self.config.latent_width
     latent_BTC = self.latent_norm(both_BTC[..., :rank])

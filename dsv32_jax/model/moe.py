@@ -97,6 +97,7 @@ def route(x_BTD, router_DE, bias_E, config, replay_BTA=None) -> Routing:
     router_DE.astype(jnp.float32),
     _ROUTER_AXES,
     precision=jax.lax.Precision.HIGHEST,
+    keep=True,
   )
   affinities_BTE = jax.nn.sigmoid(logits_BTE)
   experts_BTA = replay_BTA

@@ -148,9 +148,15 @@ def _kept_per_token(config) -> int:
   """Bytes that a layer keeps of a token, in bfloat16; see run.REMAT."""
   model = config.model
   kept = 2 * model.width
+  if config.remat == "layer":
+    return kept
+  kept += 4 * (config.stage.top_k or model.index_top_k)
+  kept += 2 * (model.query_latent_width + model.latent_width)
+  kept += 2 * (model.rope_width + model.index_width)
+  kept += 4 * (model.index_heads + model.num_experts)
   if config.remat == "save_attention":
-    kept += 2 * model.num_heads * model.value_width
-    kept += 4 * (config.stage.top_k or model.index_top_k)
+    # In gathered form, with the logarithm of the sum.
+    kept += model.num_heads * (2 * model.latent_width + 4)
   return kept
 
 

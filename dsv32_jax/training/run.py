@@ -1,6 +1,7 @@
 """A stage under way: model, optimiser, data and folder of one config."""
 
 import dataclasses
+import functools
 import os
 from typing import Any, Literal
 
@@ -24,18 +25,23 @@ from dsv32_jax.training import run_folder
 from dsv32_jax.training import stages
 from dsv32_jax.training import step as step_lib
 
-Remat = Literal["none", "layer", "save_attention"]
+Remat = Literal["none", "layer", "save_selection", "save_attention"]
+
+
+def _saving(*names):
+  policy = jax.checkpoint_policies.save_only_these_names(*names)
+  return functools.partial(jax.checkpoint, policy=policy)
+
+
 # What a layer keeps for its backward pass, by name.
 REMAT = {
   "none": None,
   "layer": jax.checkpoint,
-  # The attention's result and the selection are the dearest to recompute.
-  "save_attention": lambda step: jax.checkpoint(
-    step,
-    policy=jax.checkpoint_policies.save_only_these_names(
-      "attention", "selection"
-    ),
-  ),
+  # What is dear to recompute and small: the selection, and the results of
+  # narrow projections, whose weights are then gathered once less.
+  "save_selection": _saving("selection", "projection"),
+  # And the attention's results: in gathered form a latent for each head.
+  "save_attention": _saving("selection", "projection", "attention"),
 }
 
 

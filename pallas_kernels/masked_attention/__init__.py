@@ -11,6 +11,7 @@ over the latent).
 import functools
 
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from pallas_kernels import bitmask
@@ -126,8 +127,10 @@ def _attend(name, scale, query_BTHQ, key_BSGQ, value_BSGV, visible):
 
 
 def _attend_forward(name, scale, query_BTHQ, key_BSGQ, value_BSGV, visible):
-  out_BTHV, lse_BTH = _FORWARD[name](
-    query_BTHQ, key_BSGQ, value_BSGV, visible, scale
+  # As in sparse_mla.
+  out_BTHV, lse_BTH = ad_checkpoint.checkpoint_name(
+    _FORWARD[name](query_BTHQ, key_BSGQ, value_BSGV, visible, scale),
+    "attention",
   )
   saved = (query_BTHQ, key_BSGQ, value_BSGV, visible, out_BTHV, lse_BTH)
   return (out_BTHV, lse_BTH), saved

@@ -8,6 +8,7 @@ key [latent | rope] and one value, the latent, for all heads, gathered by index.
 import functools
 
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from pallas_kernels import implementations
@@ -117,7 +118,11 @@ def _attend(name, scale, is_sorted, *arrays):
 
 
 def _attend_forward(name, scale, is_sorted, *arrays):
-  out_BTHC, lse_BTH = _attend(name, scale, is_sorted, *arrays)
+  # A layer that is rematerialised may keep both by this name: named where the
+  # result is used, the kernel would run again for what its gradient reads.
+  out_BTHC, lse_BTH = ad_checkpoint.checkpoint_name(
+    _attend(name, scale, is_sorted, *arrays), "attention"
+  )
   return (out_BTHC, lse_BTH), (arrays, out_BTHC, lse_BTH)
 
 

@@ -48,12 +48,17 @@ def test_the_state_is_what_a_device_holds(axes):
 
 
 def test_671b_kept_and_traffic_by_hand():
-  found = layout.layout(
-    large({"fsdp": 2, "expert": 8, "context": 16}, microbatches=30), H200
-  )
+  config = large({"fsdp": 2, "expert": 8, "context": 16}, microbatches=30)
+  found = layout.layout(config, H200)
   assert found.tokens_per_device == 8192
-  kept = 2 * 7168 + 2 * 128 * 128 + 4 * 2048
+  narrow = 2 * (1536 + 512 + 64 + 128) + 4 * (64 + 256)
+  kept = 2 * 7168 + 4 * 2048 + narrow
   assert found.kept_bytes_per_device == 8192 * 61 * kept
+  more = layout.layout(
+    dataclasses.replace(config, remat="save_attention"), H200
+  )
+  kept += 128 * (2 * 512 + 4)
+  assert more.kept_bytes_per_device == 8192 * 61 * kept
   # Six times, 58 layers, 8 experts a token, bfloat16, 7 of 8 elsewhere.
   rows = 6 * 58 * 8192 * 8 * 7168 * 2 * 7 / 8
   assert found.bytes_by_axis["expert"] == pytest.approx(30 * rows)

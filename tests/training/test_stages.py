@@ -111,7 +111,7 @@ def test_microbatches_add_up_to_the_batch(batch, name):
     np.testing.assert_allclose(parts[key], whole[key], rtol=RTOL)
 
 
-@pytest.mark.parametrize("remat", ["layer", "save_attention"])
+@pytest.mark.parametrize("remat", ["layer", "save_selection", "save_attention"])
 def test_rematerialisation_changes_nothing(batch, remat):
   stage = stage_steps.STAGES["sparse"]
   want, _ = stage_steps.one_step(stage, batch, **MODEL)
