@@ -64,6 +64,7 @@ def _select_in_place(held, index, sight, options):
     held.index_scale_PZ,
     jnp.repeat(held.table_BM, queries, axis=0),
     each_query(sight.slots_BT) + 1,
+    queries,
     # On a GPU none that has run on one, nor any that takes every page.
     "xla" if kernels == "gpu" else kernels,
   )
@@ -74,7 +75,7 @@ def _select_in_place(held, index, sight, options):
 
 
 def _scores(
-  query_XIK, weight_XI, key_PZK, scale_PZ, table_XM, lengths_X, kernels
+  query_XIK, weight_XI, key_PZK, scale_PZ, table_XM, lengths_X, queries, kernels
 ):
   """Index scores_XS; each device of a mesh scores the pages that it holds.
 
@@ -92,6 +93,7 @@ def _scores(
       scale_PZ,
       jnp.where(is_here_XM, own_XM, 0),
       lengths_X,
+      run=queries,
       implementation=kernels,
     )
     if axes:

@@ -6,6 +6,8 @@ score[s] = scale[s] * sum_i weight[i] * relu(query[i] . key[s]) in float32
 # B requests, N pages of a request, P pages of the cache, Z keys of a page,
 # S keys of a request (N*Z), I index heads, K index width
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -26,6 +28,7 @@ def decode_scores(
   table_BN,
   lengths_B,
   *,
+  run=1,
   implementation=None,
 ):
   """Scores all cached keys of each request.
@@ -39,6 +42,8 @@ def decode_scores(
     table_BN: int32 page of each request's keys n*Z to n*Z + Z - 1. Entries past
       the length are not used and may hold anything.
     lengths_B: int32 number of keys of each request, at most N*Z.
+    run: requests that follow each other and have one table, as the tokens of a
+      sequence do; "xla" reads their keys once, to others it is the same.
     implementation: "ref", the definition; "xla", plain XLA over chunks of
       pages; "gpu", a Hopper kernel for queries and keys that are both
       float8_e4m3fn or bfloat16; "tpu", a TPU kernel that copies pages as it
@@ -53,9 +58,11 @@ def decode_scores(
     ValueError: shapes that do not fit, or an unknown implementation.
   """
   _check(query_BIK, weight_BI, page_PZK, scale_PZ, table_BN, lengths_B)
+  if run < 1 or query_BIK.shape[0] % run:
+    raise ValueError(f"{run=} does not divide {query_BIK.shape=}")
   scores = {
     "ref": ref.scores,
-    "xla": xla.scores,
+    "xla": functools.partial(xla.scores, run=run),
     "gpu": gpu.scores,
     "tpu": tpu.scores,
     "tpu_interpret": implementations.interpreted(tpu.scores),

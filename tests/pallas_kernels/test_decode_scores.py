@@ -19,7 +19,7 @@ from tests.support.mosaic_gpu import interpreter
 
 IMPLEMENTATIONS = ["ref", "xla", "tpu_interpret"]
 
-run = functools.partial(jax.jit, static_argnames=("implementation",))(
+run = functools.partial(jax.jit, static_argnames=("implementation", "run"))(
   decode_scores
 )
 
@@ -105,6 +105,23 @@ def test_a_longer_table_changes_no_bit():
   longer = np.pad(table, [(0, 0), (0, 61)])
   other_BS = run(query, weight, page, scale, longer, lengths)
   np.testing.assert_array_equal(other_BS[:, : 3 * 32], got_BS)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_runs_of_requests_that_have_one_table(implementation):
+  # The second of a run reaches a page that the first does not, and of the last
+  # run nothing is there.
+  lengths = (640, 641, 64, 65, 0, 0)
+  inputs = arrays(lengths, 11, 64, 5)
+  inputs[4] = np.repeat(inputs[4][::2], 2, axis=0)
+  want_BS = float64_scores(*inputs)
+  got_BS = run(*inputs, implementation=implementation, run=2)
+  np.testing.assert_array_equal(got_BS, want_BS)
+
+
+def test_a_run_that_does_not_divide_the_requests():
+  with pytest.raises(ValueError, match="run=2 does not divide"):
+    decode_scores(*arrays((9, 8, 7), 1, 32, 2), run=2)
 
 
 @interpreted
