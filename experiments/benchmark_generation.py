@@ -13,6 +13,10 @@ checkpoint (a forward behind its cache; what its `generate` adds is left out).
 `prompts`: 64 prompts of 32 to 64 tokens up to their first tokens, 100M model,
 by the rows of a step: in one there is a part of one prompt.
 `gap`: how far log-probabilities of engine and trainer are apart, by type.
+`speculation`: processor time at batch 1 with drafts of the MTP module and
+without: `steps`, of a step of `small` that checks a draft behind the fewest and
+the most of --positions; `trained`, of a token of the model `tiny`, trained on a
+Markov chain first, with the share of drafts that were right.
 
 Random weights; caches hold random numbers of unit size but in `gap`: what they
 hold does not change the work. Each row is a process of its own. Writes JSON
@@ -35,7 +39,7 @@ from experiments import common
 from experiments import row_process
 
 common.define_workdir_flag()
-_JOBS = ("position", "throughput", "gap", "prompts")
+_JOBS = ("position", "throughput", "gap", "prompts", "speculation")
 _ONLY = flags.DEFINE_multi_enum("only", [], _JOBS, "Jobs to run; none: all.")
 _POSITIONS = flags.DEFINE_list(
   "positions",

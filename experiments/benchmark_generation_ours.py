@@ -14,6 +14,7 @@ from dsv32_jax.model import presets
 from dsv32_jax.model import selection
 from experiments import benchmark_generation_gap
 from experiments import benchmark_generation_prompts
+from experiments import benchmark_generation_speculation
 from experiments import stopwatch
 
 # B batch, T tokens
@@ -30,13 +31,21 @@ def measure(row, path) -> dict:
     path: Hugging Face folder of the 65M model, for `throughput` and `gap`.
 
   Returns:
-    As stopwatch.measure, of a step; of `gap` and `prompts` as their modules'.
+    As stopwatch.measure, of a step; of `gap`, `prompts` and `speculation` as
+    their modules'.
   """
   if row["job"] == "gap":
     return benchmark_generation_gap.measure(row, path)
   if row["job"] == "throughput":
     return _engine(weights.load_hf(path), row["batch"], row["length"])
+  if row["variant"] == "trained":
+    model = fresh.fresh_model(presets.tiny(), seed=0, dtype=jnp.float32)
+    return benchmark_generation_speculation.measure_trained(
+      model, row["length"]
+    )
   model = fresh.fresh_model(presets.small(), seed=0, dtype=jnp.float32)
+  if row["job"] == "speculation":
+    return benchmark_generation_speculation.measure_steps(model, row["length"])
   if row["job"] == "prompts":
     return benchmark_generation_prompts.measure(
       model, row["batch"], row["length"], int(row["variant"].split()[0])

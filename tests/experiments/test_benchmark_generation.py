@@ -1,5 +1,6 @@
 """The generation benchmark's bookkeeping, and what it runs, on a tiny model."""
 
+import collections
 import json
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from experiments import benchmark_generation_gap
 from experiments import benchmark_generation_plots
 from experiments import benchmark_generation_prompts
 from experiments import benchmark_generation_rows
+from experiments import benchmark_generation_speculation
 from tests.support import models
 
 
@@ -32,13 +34,14 @@ def results():
 
 def test_rows_are_not_repeated():
   rows = [json.dumps(row) for row in all_rows()]
-  assert len(set(rows)) == len(rows) == 6 + 3 + 4 + 2 + 3
+  assert len(set(rows)) == len(rows) == 6 + 3 + 4 + 2 + 3 + 3
 
 
 def test_plots_and_ratios_take_the_last_result_of_a_row(tmp_path):
   recorded = tmp_path / "generation.jsonl"
   rows = list(results())
-  rows = [rows[-6] | dict(seconds=1e-9), *rows]
+  throughput = next(r for r in rows if r["job"] == "throughput")
+  rows = [throughput | dict(seconds=1e-9), *rows]
   recorded.write_text("".join(json.dumps(row) + "\n" for row in rows))
   assert len(benchmark_generation_plots.load(recorded)) == len(all_rows())
   assert benchmark_generation_plots.write(recorded, tmp_path) == [
@@ -98,3 +101,41 @@ def test_the_gap_between_engine_and_trainer(dtype, mean, largest):
   assert 0.5 < found["entropy"] < np.log(61)
   if dtype == "bfloat16":
     assert found["mean"] > 1e-4
+
+
+def test_steps_with_a_draft_and_without():
+  model = models.tiny_model(num_layers=2, num_dense_layers=1)
+  found = benchmark_generation_speculation.measure_steps(model, 40, steps=2)
+  assert found["plain_cpu_seconds"] > 0 and found["cpu_seconds"] > 0
+  assert found["ratio"] == found["cpu_seconds"] / found["plain_cpu_seconds"]
+  row = next(r for r in all_rows() if r["variant"] == "steps")
+  assert f"{found['ratio']:.2f}x" in benchmark_generation_rows.line(row | found)
+
+
+def test_chains_have_two_successors():
+  tokens_BT = benchmark_generation_speculation.texts(50, 200, seed=3)
+  pairs = collections.Counter(
+    zip(tokens_BT[:, :-1].ravel().tolist(), tokens_BT[:, 1:].ravel().tolist())
+  )
+  followers = collections.defaultdict(list)
+  for (token, _), count in pairs.items():
+    followers[token].append(count)
+  assert max(map(len, followers.values())) == 2
+  often = sum(max(counts) for counts in followers.values())
+  assert 0.88 < often / sum(pairs.values()) < 0.93
+
+
+@pytest.mark.slow
+def test_drafts_of_a_trained_module():
+  model = models.tiny_model(vocab_size=64, num_layers=2, num_dense_layers=1)
+  found = benchmark_generation_speculation.measure_trained(model, 30)
+  assert found["parameters"] > 10_000
+  for name in ("greedy", "sampled"):
+    one = found[name]
+    # By chance one draft in 64 would be right.
+    assert 0.3 < one["acceptance"] <= 1 and one["tokens_per_step"] > 1.2
+    assert one["speedup"] == pytest.approx(
+      one["plain_cpu_seconds"] / one["cpu_seconds"]
+    )
+  row = all_rows()[-1]
+  assert "greedy" in benchmark_generation_rows.line(row | found)
