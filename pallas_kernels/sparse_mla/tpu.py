@@ -36,8 +36,6 @@ from pallas_kernels.sparse_mla import tpu_segments as segments
 
 # Vector memory beside the table.
 _ROOM = 15 * 2**20
-# Queries whose parts by segment are kept at a time.
-_QUERIES = 1024
 # Most keys that are unpacked and multiplied at once.
 _CHUNK = 256
 # Most keys of a list of items.
@@ -103,7 +101,7 @@ def _by_segments(interpret, scale, chip, is_sorted, query_arrays, key_arrays):
   count, size = segments.split(key_arrays[0].shape[1], chip.forward_keys)
   tables_BGXL = segments.segment_tables(*key_arrays, count, size)
   chunks = [
-    segments.by_chunks(array, _QUERIES, fill)
+    segments.by_chunks(array, chip.queries, fill)
     for array, fill in zip(query_arrays, (0, 0, -1))
   ]
 

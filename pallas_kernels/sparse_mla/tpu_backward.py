@@ -15,8 +15,6 @@ from pallas_kernels.sparse_mla import tpu_plan as plans
 from pallas_kernels.sparse_mla import tpu_rows as rows
 from pallas_kernels.sparse_mla import tpu_segments as segments
 
-# Queries whose parts by segment are kept at a time.
-_QUERIES = 512
 # Most keys of a list of items.
 LIST_KEYS = 1024
 
@@ -98,7 +96,7 @@ def _by_segments(interpret, scale, chip, is_sorted, query_arrays, key_arrays):
   count, size = segments.split(key_arrays[0].shape[1], chip.backward_keys)
   tables_BGXL = segments.segment_tables(*key_arrays, count, size)
   chunks = [
-    segments.by_chunks(array, _QUERIES, fill)
+    segments.by_chunks(array, chip.queries, fill)
     for array, fill in zip(query_arrays, (0, 0, 0, 0, 0, -1))
   ]
 

@@ -55,12 +55,15 @@ class Chip:
     pairs: whether stores are scarcer than arithmetic, so that keys are
       gathered in pairs.
     additions: how many rows of gradients are loaded before any is stored.
+    queries: how many queries' parts by segment are kept at a time; on 7x they
+      take half as much again in main memory.
   """
 
   forward_keys: int = 32768
   backward_keys: int = 12032
   pairs: bool = False
   additions: int = 4
+  queries: int = 512
 
 
 def this_chip():
@@ -80,7 +83,7 @@ def chip_of(kind):
       additions=8,
     )
   if kind.startswith(("tpu7", "tpu v7")):
-    return Chip(pairs=True, additions=8)
+    return Chip(pairs=True, additions=8, queries=256)
   return Chip()
 
 

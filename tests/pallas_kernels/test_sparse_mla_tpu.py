@@ -101,8 +101,6 @@ def test_segments_of_keys_equal_the_definition(monkeypatch):
   # Three segments of 40 keys, two items of 16 in a list, two chunks of queries.
   monkeypatch.setattr(tpu_segments, "ITEM", 32)
   monkeypatch.setattr(tpu_segments, "ITEMS", 2)
-  monkeypatch.setattr(tpu, "_QUERIES", 2)
-  monkeypatch.setattr(tpu_backward, "_QUERIES", 2)
   arrays, indices, d_out = draw((5, 3, 115, 3, 40, 6, 60))
   rng = np.random.default_rng(1)
   indices[:, 1] = rng.integers(0, 40, indices.shape[2])
@@ -111,7 +109,9 @@ def test_segments_of_keys_equal_the_definition(monkeypatch):
   for indices_TN, (first, end) in zip(indices, ranges):
     chosen = (indices_TN[:2] >= first) & (indices_TN[:2] < end)
     indices_TN[:2] = np.where(chosen, indices_TN[:2], -1)
-  chip = rows.Chip(forward_keys=40, backward_keys=40, pairs=True, additions=8)
+  chip = rows.Chip(
+    forward_keys=40, backward_keys=40, pairs=True, additions=8, queries=2
+  )
   how = {"interpret": implementations.INTERPRET, "chip": chip}
   out, lse = tpu.forward(*arrays, indices, SCALE, **how)
   d_arrays = tpu_backward.backward(
