@@ -77,13 +77,19 @@ def is_of_this_process(path: pathlib.Path) -> bool:
 
 def processes_with(text: str) -> list[int]:
   """Returns the processes, zombies apart, with this on their command line."""
-  found = []
-  for entry in os.scandir("/proc"):
-    if entry.name.isdigit() and int(entry.name) != os.getpid():
-      try:
-        line = pathlib.Path(f"/proc/{entry.name}/cmdline").read_bytes()
-      except OSError:
-        continue
-      if text.encode() in line:
-        found.append(int(entry.name))
-  return found
+  pids = [
+    int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()
+  ]
+  pids.remove(os.getpid())
+  return [pid for pid in pids if text.encode() in command_line(pid)]
+
+
+def command_line(pid: int) -> bytes:
+  """Returns a process's command line, empty of one that ended.
+
+  A zombie has none either: it runs no more, and waits for who reaps it.
+  """
+  try:
+    return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+  except OSError:
+    return b""
