@@ -45,7 +45,10 @@ def main(argv):
 def draw(path, config, report: dict) -> None:
   """Plots pass@1 of the stages' models in every domain and mode."""
   groups = {
-    name: {stage: (100 * value, math.nan) for stage, value in row.items()}
+    # A word a line: there are many.
+    name.replace("_", "\n"): {
+      stage: (100 * value, math.nan) for stage, value in row.items()
+    }
     for name, row in post_training_report.by_stage(config, report).items()
   }
   plots.bars(

@@ -14,6 +14,8 @@ COLORS = {
 }
 _OTHERS = ("#1f5fbf", "#c0504d", "#3a8f4d", "#d79b00", "#7b4fa3", "#4c4c4c")
 _DPI = 130
+# Inches.
+_WIDTH = 7.2
 # Entries of a legend that find room beside the lines.
 _FEW = 4
 
@@ -99,7 +101,8 @@ def bars(
   """
   if not from_zero:
     y_label += " (axis does not begin at 0)"
-  figure, axes = _axes(title, "", y_label)
+  # Room for the labels of many groups.
+  figure, axes = _axes(title, "", y_label, width=max(_WIDTH, 1.1 * len(groups)))
   names = list(dict.fromkeys(n for group in groups.values() for n in group))
   width = 0.8 / len(names)
   low, high = np.inf, -np.inf
@@ -136,9 +139,9 @@ def bars(
   figure.savefig(path, dpi=_DPI)
 
 
-def _axes(title, x_label, y_label):
+def _axes(title, x_label, y_label, width=_WIDTH):
   """An axes on a figure of its own, apart from any interactive window."""
-  figure = figure_lib.Figure(figsize=(7.2, 4.2), layout="constrained")
+  figure = figure_lib.Figure(figsize=(width, 4.2), layout="constrained")
   axes = figure.add_subplot()
   axes.set_title(title, fontsize=11)
   axes.set_xlabel(x_label)
