@@ -167,6 +167,7 @@ def full() -> post_training.PostTrainingConfig:
     # Fewer accepted answers than this gives would be learned by heart.
     asked=160,
     answers=2,
+    specialist_processes=2,
   )
 
 

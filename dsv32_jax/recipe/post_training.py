@@ -28,17 +28,22 @@ from dsv32_jax.distillation import distill
 from dsv32_jax.distillation import episodes as distill_episodes
 from dsv32_jax.distillation import sampling as distill_sampling
 from dsv32_jax.recipe import post_training_config as config_lib
+from dsv32_jax.recipe import side_by_side
 from dsv32_jax.recipe import solved
 from dsv32_jax.rl import loop as rl_loop
 from dsv32_jax.rl import once
 from dsv32_jax.rl import policy as policy_lib
 from dsv32_jax.rl import shown
 from dsv32_jax.training import loop
+from dsv32_jax.training import metrics
 from dsv32_jax.training import model_checkpoint
 from dsv32_jax.training import run_folder
 from dsv32_jax.verifiers import reward as reward_lib
 
 PostTrainingConfig = config_lib.PostTrainingConfig
+
+# What a run may be continued with: it changes no number of the result.
+_MAY_CHANGE = frozenset({"specialist_processes"})
 
 
 def run(config: PostTrainingConfig, workdir: str, tell=print) -> dict:
@@ -60,18 +65,12 @@ def run(config: PostTrainingConfig, workdir: str, tell=print) -> dict:
     training.run.Stopped: after a SIGTERM, once the state is saved.
   """
   os.makedirs(workdir, exist_ok=True)
-  run_folder.claim(config, workdir, frozenset())
+  run_folder.claim(config, workdir, _MAY_CHANGE)
   found, seconds = {}, {}
 
   def part(name, compute):
     tell(f"{name}:")
-
-    def timed():
-      begin = time.perf_counter()
-      result = compute()
-      return {"result": result, "seconds": time.perf_counter() - begin}
-
-    done = once.once(os.path.join(workdir, f"{name}.json"), timed)
+    done = _timed_once(workdir, name, compute)
     seconds[name] = done["seconds"]
     return done["result"]
 
@@ -81,6 +80,9 @@ def run(config: PostTrainingConfig, workdir: str, tell=print) -> dict:
     )
 
   found["start"] = part("start", lambda: _start(config, workdir))
+  # One process holds an accelerator.
+  if config.specialist_processes > 1 and jax.default_backend() == "cpu":
+    _train_specialists(config, workdir)
   for one in config.specialists:
     reinforced(one.name, "start", config.specialist_rl(one))
   distilled = part("distillation", lambda: _distill(config, workdir))
@@ -103,6 +105,44 @@ def run(config: PostTrainingConfig, workdir: str, tell=print) -> dict:
   path = pathlib.Path(workdir, "report.json")
   path.write_text(json.dumps(report, indent=2) + "\n")
   return report
+
+
+def _timed_once(workdir, name, compute):
+  """The result of a part and its seconds, from its file once it is done."""
+
+  def timed():
+    begin = time.perf_counter()
+    result = compute()
+    return {"result": result, "seconds": time.perf_counter() - begin}
+
+  return once.once(_result_path(workdir, name), timed)
+
+
+def _train_specialists(config, workdir) -> None:
+  """Trains side by side those that are not done."""
+  names = [one.name for one in config.specialists]
+  missing = [
+    name for name in names if not os.path.exists(_result_path(workdir, name))
+  ]
+  with metrics.progress(
+    len(names), initial=len(names) - len(missing), title="specialists"
+  ) as bar:
+    side_by_side.run(
+      functools.partial(_train_specialist, config, workdir),
+      missing,
+      processes=config.specialist_processes,
+      log=os.path.join(workdir, "specialists"),
+      done=lambda name: bar.update(1),
+    )
+
+
+def _train_specialist(config, workdir, name) -> None:
+  (rl,) = [
+    config.specialist_rl(one) for one in config.specialists if one.name == name
+  ]
+  _timed_once(
+    workdir, name, lambda: _reinforce(config, workdir, name, "start", rl)
+  )
 
 
 def forgotten(report: dict, order: str) -> dict[str, float]:
@@ -140,6 +180,10 @@ def _orders(config) -> dict[str, list[tuple]]:
       for place, group in enumerate(config.groups)
     ]
   return found
+
+
+def _result_path(workdir, name):
+  return os.path.join(workdir, f"{name}.json")
 
 
 def _folder(workdir, name):

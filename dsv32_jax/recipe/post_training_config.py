@@ -132,6 +132,8 @@ class PostTrainingConfig:
     batch_size: rows a step of both.
     asked: problems that each specialist is asked.
     answers: to each.
+    specialist_processes: of so many, each trains a specialist at a time, on a
+      CPU; on an accelerator they train one after the other. Changes no number.
   """
 
   rl: run_config.RlConfig
@@ -146,8 +148,13 @@ class PostTrainingConfig:
   batch_size: int
   asked: int
   answers: int
+  specialist_processes: int = 1
 
   def __post_init__(self):
+    if self.specialist_processes < 1:
+      raise ValueError(
+        f"specialist_processes={self.specialist_processes} must be positive"
+      )
     if self.rl.evaluation is None:
       raise ValueError("rl.evaluation must be set: pass@1 is what is reported")
     names = [one.name for one in self.specialists]

@@ -42,6 +42,19 @@ def test_every_model_is_reported_in_every_domain_and_mode(tmp_path):
       assert roles[:2] == ["system", "user"] and "tool" in roles
     else:
       assert roles == ["user", "assistant"]
+  # In a process of its own a specialist was the one that it is in this one.
+  (tmp_path / "sorting_chat.json").unlink()
+  first = (tmp_path / "sorting_chat").rename(tmp_path / "first")
+  alone = post_train(tmp_path, "--config.specialist_processes=1")
+  assert alone.returncode == 0, alone.stderr
+  found = json.loads((tmp_path / "report.json").read_text())
+  assert found["pass_at_1"] == report["pass_at_1"]
+  rows = [
+    (folder / "metrics.jsonl").read_bytes()
+    for folder in (first, tmp_path / "sorting_chat")
+  ]
+  assert rows[0] == rows[1]
+  report = found
   # Done is done: nothing is trained again.
   before = (tmp_path / "mixed.json").stat().st_mtime_ns
   again = post_train(tmp_path)
