@@ -82,6 +82,8 @@ def test_runs(path, tmp_path):
   # Not the tests' eight devices; a notebook says how many it wants.
   environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
   environment["PYTHONPATH"] = str(ROOT)
+  # With programs that other tests had put there, a kernel has crashed.
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
   client.execute(env=environment)
   (report,) = tmp_path.glob("runs/*/smoke/report.json")
   CHECKS[path.stem](json.loads(report.read_text()))
