@@ -8,6 +8,8 @@ import numpy as np
 from dsv32_jax.recipe import config as config_lib
 from dsv32_jax.recipe import measure
 
+# Fewer tokens of dense training teach hardly more than which are frequent.
+_FEW_TOKENS = 200_000
 MASS_NAMES = ("dsa", "best", "random", "window")
 
 
@@ -77,6 +79,12 @@ def text(
 
 def _setting(config, summary):
   model, tokens = config.model, summary["training_tokens"]
+  caution = [
+    "",
+    "**So few tokens show that everything runs, and no more: the models have"
+    " hardly begun to learn, and how the selections below compare says nothing"
+    " about them.**",
+  ]
   return [
     f"A model of {model.num_layers} layers of width {model.width}"
     f" ({model.num_experts} experts, {model.num_heads} heads,"
@@ -85,6 +93,7 @@ def _setting(config, summary):
     f" {tokens['pretrain']:,} tokens dense, {tokens['dense_warmup']:,} of dense"
     " warm-up in which the indexer alone trains, then"
     f" {tokens['sparse']:,} of sparse training.",
+    *(caution if tokens["pretrain"] < _FEW_TOKENS else ()),
     "",
     f"- top-k: {summary['top_k']} keys a query",
     f"- evaluation length: {summary['sequence_length']} tokens,"

@@ -92,6 +92,15 @@ def test_a_negative_result_is_told():
 
 
 @pytest.mark.parametrize(
+  ("config", "cautions"), [(sizes.smoke(), 1), (sizes.full(), 0)]
+)
+def test_too_little_training_is_told(config, cautions):
+  results = made_up(2.1)
+  text = report_text.text(config, report.summarize(config, results), results)
+  assert text.count("hardly begun to learn") == cautions
+
+
+@pytest.mark.parametrize(
   "mean, half, words",
   [
     (-0.2, 0.1, "is better"),
