@@ -14,6 +14,7 @@ from dsv32_jax.agents import limits
 from dsv32_jax.data import tokenizer
 from dsv32_jax.recipe import post_training
 from dsv32_jax.recipe import post_training_config
+from dsv32_jax.rl import config as learner_config
 from dsv32_jax.rl import episode_config
 from dsv32_jax.rl import run_config
 from dsv32_jax.training import optimizer
@@ -159,6 +160,8 @@ def full() -> post_training.PostTrainingConfig:
     sft_optimizer=optimizer.OptimizerConfig(
       schedule=schedule.ScheduleConfig(peak=3e-3, warmup_steps=20)
     ),
+    # Its selection holds a whole episode.
+    sft_stage=learner_config.INDEXER_FROZEN,
     solved=400,
     start_steps=1000,
     distilled_steps=200,

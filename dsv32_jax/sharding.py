@@ -191,12 +191,18 @@ def batch_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def num_shards(axis: str) -> int:
-  """Returns how many devices of the mesh in use split a logical axis."""
+def num_shards(axis: str, *, besides: str | None = None) -> int:
+  """Returns how many devices of the mesh in use split a logical axis.
+
+  Args:
+    axis: logical axis.
+    besides: another one of the same array, which its mesh axes go to first.
+  """
   mesh = _active_mesh()
   if mesh is None:
     return 1
-  return math.prod(mesh.shape[a] for a in RULES[axis])
+  taken = RULES.get(besides, ())
+  return math.prod(mesh.shape[a] for a in RULES.get(axis, ()) if a not in taken)
 
 
 def constrain(x, *axes):

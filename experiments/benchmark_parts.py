@@ -59,8 +59,9 @@ def _parts(model, block, x_BTD):
   rotation = rope.rotation_tables(position_BT, config.rope_width, config.rope)
 
   def project(layer, x_BTD):
-    query_latent_BTU, *query = layer.project_query(x_BTD, rotation)
-    latent = layer.project_latent(x_BTD, rotation)
+    down_BTU, both_BTC = layer.project_down(x_BTD)
+    query_latent_BTU, *query = layer.project_query(down_BTU, rotation)
+    latent = layer.project_latent(both_BTC, rotation)
     index = layer.indexer(x_BTD, query_latent_BTU, *rotation, quantized=False)
     return query, latent, index
 

@@ -210,7 +210,10 @@ def draw(logits_BV, rows: Rows) -> Drawn:
     key = jax.random.fold_in(key, step)
     return jax.random.gumbel(key, left_BV.shape[1:], jnp.float32)
 
-  noise_BV = jax.vmap(noise)(rows.seed_B2, rows.step_B)
+  # Inside the reduction a CPU would take its logarithms one by one.
+  noise_BV = jax.lax.optimization_barrier(
+    jax.vmap(noise)(rows.seed_B2, rows.step_B)
+  )
   # The noise is finite: what was set to -inf stays so.
   token_B = jnp.argmax(left_BV + noise_BV, axis=-1).astype(jnp.int32)
   logprob_BV = jax.nn.log_softmax(left_BV, axis=-1)

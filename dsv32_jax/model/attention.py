@@ -6,6 +6,7 @@ Paper section 2.1 and appendix A; the forms themselves are in forms.py.
 import dataclasses
 
 from jax import ad_checkpoint
+import jax.numpy as jnp
 
 from dsv32_jax import sharding
 from dsv32_jax.model import cost_rule
@@ -214,8 +215,17 @@ def attend(
     options, sight.slots_BT.shape[1], projected.latent_BSC.dtype
   )
 
+  # Gathered as one, as in `layers.products`.
+  ups = projected.key_up_CHN, projected.value_up_CHV
+  if sharding.num_shards(UP_AXES[0]) > 1:
+    ups = jnp.concatenate(ups, axis=-1), None
+  nope = projected.key_up_CHN.shape[-1]
+
   def run(*args):
-    projected = forms.Projected(*args[:6])
+    ups = args[4:6]
+    if ups[1] is None:
+      ups = ups[0][..., :nope], ups[0][..., nope:]
+    projected = forms.Projected(*args[:4], *ups)
     projected = projected._replace(
       latent_BSC=layout.in_order(projected.latent_BSC),
       key_rope_BSR=layout.in_order(projected.key_rope_BSR),
@@ -246,7 +256,7 @@ def attend(
   results = sharding.shard_call(
     run,
     (
-      *projected,
+      *(*projected[:4], *ups),
       keys,
       *sight,
       index.query_BTIK if loss else None,

@@ -88,10 +88,11 @@ class LatentAttention(nnx.Module):
       (IndexInputs with every key) and `trace` (named intermediates).
     """
     dtype = x_BTD.dtype
+    down_BTU, both_BTC = self.project_down(x_BTD)
     query_latent_BTU, query_nope, query_rope = self.project_query(
-      x_BTD, rotation
+      down_BTU, rotation
     )
-    latent_BTC, key_rope_BTR = self.project_latent(x_BTD, rotation)
+    latent_BTC, key_rope_BTR = self.project_latent(both_BTC, rotation)
     index = self.indexer(
       x_BTD, query_latent_BTU, *rotation, quantized=options.index_quantized
     )
@@ -166,30 +167,31 @@ class LatentAttention(nnx.Module):
       "BTHV,HVD->BTD", values_BTHV, output_HVD, _OUTPUT_AXES
     )
 
-  def project_query(self, x_BTD, rotation):
-    """Returns query_latent_BTU (normed), query_nope_BTHN, query_rope_BTHR."""
+  def project_down(self, x_BTD):
+    """Returns what queries and what keys and values are made of, not normed."""
     dtype = x_BTD.dtype
-    query_down_DU = self.query_down[...].astype(dtype)
-    down_BTU = layers.product(
-      "BTD,DU->BTU", x_BTD, query_down_DU, _QUERY_DOWN_AXES, keep=True
+    return layers.products(
+      x_BTD,
+      (self.query_down[...].astype(dtype), self.latent_down[...].astype(dtype)),
+      (_QUERY_DOWN_AXES, _LATENT_AXES),
+      keep=True,
     )
+
+  def project_query(self, down_BTU, rotation):
+    """Returns query_latent_BTU (normed), query_nope_BTHN, query_rope_BTHR."""
     query_latent_BTU = self.query_norm(down_BTU)
     query_BTHQ = layers.product(
       "BTU,UHQ->BTHQ",
       query_latent_BTU,
-      self.query_up[...].astype(dtype),
+      self.query_up[...].astype(down_BTU.dtype),
       _QUERY_UP_AXES,
     )
     nope = self.config.nope_width
     query_rope_BTHR = rope.rotate_interleaved(query_BTHQ[..., nope:], *rotation)
     return query_latent_BTU, query_BTHQ[..., :nope], query_rope_BTHR
 
-  def project_latent(self, x_BTD, rotation):
+  def project_latent(self, both_BTC, rotation):
     """Returns latent_BTC (normed) and key_rope_BTR (rotated)."""
-    latent_down_DC = self.latent_down[...].astype(x_BTD.dtype)
-    both_BTC = layers.product(
-      "BTD,DC->BTC", x_BTD, latent_down_DC, _LATENT_AXES, keep=True
-    )
     rank = self.config.latent_width
     latent_BTC = self.latent_norm(both_BTC[..., :rank])
     return latent_BTC, rope.rotate_interleaved(both_BTC[..., rank:], *rotation)

@@ -61,9 +61,16 @@ class Dense:
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-  """The k best index scores, exactly, ties to the lowest index (eq. 2)."""
+  """The k best index scores, exactly, ties to the lowest index (eq. 2).
+
+  Where there are no more than k keys none is scored.
+  """
 
   k: int
+
+  def takes_all(self, num_keys: int) -> bool:
+    """Whether that many keys are all selected where they are visible."""
+    return self.k >= num_keys
 
   def __call__(
     self,
@@ -76,6 +83,8 @@ class TopK:
     kernels: str | None = None,
   ) -> Selection:
     del layer
+    if self.takes_all(key_BSK.shape[1]):
+      return every_visible(sight, key_BSK.shape[1], self.k, want_indices)
     return _select(
       index.query_BTIK,
       key_BSK,
@@ -137,7 +146,15 @@ class Window:
     self, index, key_BSK, sight, *, layer, want_indices, kernels=None
   ):
     del index, layer, kernels
+    return self.select(sight, key_BSK.shape[1], want_indices)
+
+  def select(self, sight: Visibility, num_keys: int, want_indices: bool):
+    """Selects by place alone."""
     slots_BT = sight.slots_BT
+    invalid_BT = jnp.zeros(slots_BT.shape, bool)
+    if not want_indices:
+      mask_BTW = window_mask(slots_BT, self.k, num_keys)
+      return Selection(mask_BTW, None, invalid_BT)
     offsets_N = jnp.arange(self.k, dtype=jnp.int32)
     indices_BTN = slots_BT[..., None] - offsets_N
     visible_BTN = indices_BTN >= 0
@@ -148,18 +165,23 @@ class Window:
       ]
       visible_BTN &= segments_BTN == sight.query_segments_BT[..., None]
     indices_BTN = _ascending(jnp.where(visible_BTN, indices_BTN, -1))
-    mask_BTW = None
-    if not want_indices:
-      mask_BTW = window_mask(slots_BT, self.k, key_BSK.shape[1])
-    invalid_BT = jnp.zeros(slots_BT.shape, bool)
-    return Selection(
-      mask_BTW, indices_BTN if want_indices else None, invalid_BT
-    )
+    return Selection(None, indices_BTN, invalid_BT)
 
 
 Selector = Dense | TopK | Random | Window
 
 DENSE = Dense()
+
+
+def every_visible(sight: Visibility, num_keys: int, k: int, want_indices: bool):
+  """Selects all that is visible of at most k keys; see `Selection`."""
+  slots_BT = jnp.minimum(sight.slots_BT, num_keys - 1)
+  if want_indices and sight.key_segments_BS is None:
+    index_N = jnp.arange(k, dtype=jnp.int32)
+    indices_BTN = jnp.where(index_N <= slots_BT[..., None], index_N, -1)
+    return Selection(None, indices_BTN, jnp.zeros(slots_BT.shape, bool))
+  sight = sight._replace(slots_BT=slots_BT)
+  return Window(k).select(sight, num_keys, want_indices)
 
 
 def window_mask(slots_BT, window: int, num_keys: int):

@@ -216,7 +216,12 @@ def _fine_tune(config, workdir, name, path, steps, init_from):
     kind="jsonl", path=str(path), pieces_field="pieces"
   )
   train = shown.sft_config(
-    config, source, workdir, steps=steps, init_from=init_from
+    config,
+    source,
+    workdir,
+    steps=steps,
+    init_from=init_from,
+    stage=config.sft_stage,
   )
   loop.train(train, os.path.join(workdir, name), title=name, root=workdir)
 

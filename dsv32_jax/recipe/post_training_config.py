@@ -7,6 +7,7 @@ from dsv32_jax.rl import config as learner_config
 from dsv32_jax.rl import episode_config
 from dsv32_jax.rl import run_config
 from dsv32_jax.training import optimizer as optimizer_lib
+from dsv32_jax.training import stages
 from dsv32_jax.verifiers import reward as reward_lib
 from dsv32_jax.verifiers.tasks import mixture
 
@@ -125,6 +126,7 @@ class PostTrainingConfig:
       "both", each from the distilled model.
     mixed_rollouts: of the mixed stage, or of the sequential ones together.
     sft_optimizer: of both fine-tunings.
+    sft_stage: what trains in them.
     solved: examples of each domain and mode in the start's fine-tuning.
     start_steps: of it.
     distilled_steps: of the fine-tuning on specialists' answers.
@@ -141,6 +143,7 @@ class PostTrainingConfig:
   rl_order: Literal["mixed", "sequential", "both"] = "mixed"
   mixed_rollouts: int
   sft_optimizer: optimizer_lib.OptimizerConfig
+  sft_stage: stages.StageConfig = stages.SFT
   solved: int
   start_steps: int
   distilled_steps: int

@@ -186,7 +186,9 @@ def train_config(config: ShownConfig, workdir: str, *, init_from):
   )
 
 
-def sft_config(config, source, workdir: str, *, steps: int, init_from):
+def sft_config(
+  config, source, workdir: str, *, steps: int, init_from, stage=stages.SFT
+):
   """A fine-tuning of the model of a GRPO run, by its seed and on its mesh.
 
   Args:
@@ -195,11 +197,12 @@ def sft_config(config, source, workdir: str, *, steps: int, init_from):
     workdir: folder with tokenizer.json.
     steps: of the fine-tuning.
     init_from: folder of checkpoints to start from, or None.
+    stage: what trains.
   """
   tokenizer = os.path.join(workdir, run_folder.TOKENIZER_FILE)
   return run_lib.TrainConfig(
     model=config.rl.model,
-    stage=stages.SFT,
+    stage=stage,
     optimizer=config.sft_optimizer,
     data=pipeline.DataConfig(
       sources=(source,),

@@ -111,3 +111,50 @@ def test_a_weight_is_gathered_at_once(axes, gathers):
   text = compiled.as_text()
   assert hlo.traffic(text, 8).instructions["all-gather"] == gathers
   assert hlo.most_gathered(text, 8) == 4
+
+
+@pytest.mark.parametrize(
+  "axes, gathers",
+  [
+    (dict(data=2, fsdp=2, context=2), 1),
+    # Each device has columns of its own, which lie apart in the two.
+    (dict(fsdp=2, context=2, tensor=2), 2),
+    (dict(data=8), 0),
+  ],
+)
+def test_products_of_the_same_tokens_share_a_gather(axes, gathers):
+  random = np.random.default_rng(1)
+  x, *weights = [
+    random.normal(size=shape) for shape in ((4, 8, 16), (16, 8), (16, 24))
+  ]
+  directions = [random.normal(size=(4, 8, w.shape[1])) for w in weights]
+
+  def run(x, weights):
+    def value(x, weights):
+      outs = layers.products(x, weights, (layers.WIDE, layers.WIDE))
+      return sum(jnp.sum(o * d) for o, d in zip(outs, directions)), outs
+
+    return jax.grad(value, (0, 1), has_aux=True)(x, weights)
+
+  mesh = sharding.make_mesh(sharding.MeshConfig(**axes), jax.devices()[:8])
+  placed = [
+    jax.device_put(
+      jnp.asarray(w, jnp.float32),
+      jax.NamedSharding(
+        mesh, sharding.partition_spec(w.shape, layers.WIDE, mesh)
+      ),
+    )
+    for w in weights
+  ]
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(run).lower(jnp.asarray(x, jnp.float32), placed).compile()
+    (d_x, d_weights), outs = compiled(jnp.asarray(x, jnp.float32), placed)
+  wanted = [x @ w for w in weights]
+  d_wanted = [np.einsum("BTX,BTY->XY", x, d) for d in directions]
+  for got, want in zip([*outs, *d_weights], [*wanted, *d_wanted]):
+    np.testing.assert_allclose(got, want, rtol=RTOL, atol=ATOL)
+  of_x = sum(d @ w.T for d, w in zip(directions, weights))
+  np.testing.assert_allclose(d_x, of_x, rtol=RTOL, atol=ATOL)
+  found = hlo.traffic(compiled.as_text(), 8).instructions
+  for kind in ("all-gather", "reduce-scatter"):
+    assert found.get(kind, 0) == gathers
