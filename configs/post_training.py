@@ -67,7 +67,7 @@ def _domains() -> tuple[post_training_config.DomainConfig, ...]:
         name,
         episode_config.EnvironmentConfig(kind=kind, size=size, largest=largest),
         # A rollout of episodes costs several of answers.
-        rollouts=32,
+        rollouts=20,
       )
       for name, kind, size, largest in agents
     ),
@@ -131,7 +131,7 @@ def _base(domains, window=_WINDOW, **changes) -> run_config.RlConfig:
       schedule=schedule.ScheduleConfig(peak=2e-4, warmup_steps=5),
       weight_decay=0.0,
     ),
-    rollouts=64,
+    rollouts=48,
     prompts=16,
     group_size=8,
     # Answers are shorter than episodes; each length is compiled once.
@@ -156,7 +156,7 @@ def full() -> post_training.PostTrainingConfig:
       ),
     ),
     domains=domains,
-    mixed_rollouts=96,
+    mixed_rollouts=64,
     sft_optimizer=optimizer.OptimizerConfig(
       schedule=schedule.ScheduleConfig(peak=3e-3, warmup_steps=20)
     ),

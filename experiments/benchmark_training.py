@@ -11,9 +11,11 @@ With it go the compiler's memory, the share of time of each part from a profile,
 and the profile itself for xprof in DIR/profiles. `input`: tokens a second of
 the input pipeline, encoding included, beside which the step has to be slower.
 
-Random weights and tokens, float32. Each row is a process of its own. Writes
-JSON lines to DIR/training.jsonl, of which the last one of a row counts, and
-plots: DIR/speed.png, DIR/time.png, DIR/memory.png, DIR/parts.png. Needs Linux.
+Random weights and tokens, float32. Each row is a process of its own: a step to
+warm up, up to three that are timed, one that is profiled; of long sequences
+(--single_from) one step is all of these. Writes JSON lines to
+DIR/training.jsonl, of which the last one of a row counts, and plots:
+DIR/speed.png, DIR/time.png, DIR/memory.png, DIR/parts.png. Needs Linux.
 """
 
 import json
@@ -39,6 +41,11 @@ _REMAT = flags.DEFINE_enum(
 _THREADS = flags.DEFINE_integer(
   "threads", 2, "CPU threads.", lower_bound=1, upper_bound=1024
 )
+_SINGLE_FROM = flags.DEFINE_integer(
+  "single_from",
+  8192,
+  "From this length on a row is one step alone, the profiled one.",
+)
 _PARTS_OF = flags.DEFINE_integer(
   "parts_of", None, "Measure nothing; print the parts at this length."
 )
@@ -59,7 +66,13 @@ def main(argv):
     return
   lengths = rows_lib.check_lengths(_LENGTHS.value, _MODEL.value)
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
-  chosen = rows_lib.rows(lengths, _MODEL.value, _REMAT.value, _THREADS.value)
+  chosen = rows_lib.rows(
+    lengths,
+    _MODEL.value,
+    _REMAT.value,
+    _THREADS.value,
+    _SINGLE_FROM.value,
+  )
   with open(results, "a", encoding="utf-8") as file:
     for row in tqdm.tqdm(list(chosen), unit="row"):
       found = row_process.run("experiments.benchmark_training", row, workdir)

@@ -37,7 +37,7 @@ STAGES = {
 _BATCHES, _BATCH_SIZE = 16, 8
 
 
-def rows(lengths, model: str, remat: str, threads: int):
+def rows(lengths, model: str, remat: str, threads: int, single_from: int):
   """Yields the rows: job, variant, length and how to run."""
 
   def row(job, variant, length):
@@ -48,6 +48,7 @@ def rows(lengths, model: str, remat: str, threads: int):
       model=model,
       remat=remat,
       threads=threads,
+      single=length >= single_from,
     )
 
   yield row("input", "stdlib", lengths[0])
@@ -104,10 +105,14 @@ def _step(row, workdir):
     state, metrics = compiled(state, batch)
     jax.block_until_ready((state, metrics))
 
-  found = stopwatch.measure(one, runs=3, budget=20.0)
   folder = workdir / "profiles" / f"{row['variant']}_{length}"
-  with jax.profiler.trace(str(folder)):
-    one()
+  if row["single"]:
+    with jax.profiler.trace(str(folder)):
+      found = stopwatch.measure(one, runs=1, warm_up=False)
+  else:
+    found = stopwatch.measure(one, runs=3, budget=20.0)
+    with jax.profiler.trace(str(folder)):
+      one()
   memory = compiled.memory_analysis()
   return found | {
     "compile_seconds": compile_seconds,

@@ -9,7 +9,11 @@ from typing import Any
 
 
 def measure(
-  run: Callable[[], Any], *, runs: int = 5, budget: float = 40.0
+  run: Callable[[], Any],
+  *,
+  runs: int = 5,
+  budget: float = 40.0,
+  warm_up: bool = True,
 ) -> dict[str, Any]:
   """Runs a function once to warm up and then several times.
 
@@ -17,6 +21,7 @@ def measure(
     run: returns when its work is done.
     runs: most timed runs.
     budget: seconds after which no further run starts; one always does.
+    warm_up: whether to run it once untimed; else `first_seconds` is missing.
 
   Returns:
     `seconds` (median), `runs` (each), `cpu_seconds` (median of all threads),
@@ -24,9 +29,11 @@ def measure(
     many CPUs other processes kept busy: 0 on a machine of one's own) and
     `peak_rss_bytes` of the process so far.
   """
-  began = time.perf_counter()
-  run()
-  first = time.perf_counter() - began
+  first = {}
+  if warm_up:
+    began = time.perf_counter()
+    run()
+    first["first_seconds"] = time.perf_counter() - began
   times, busy = [], []
   all_busy, since = _busy_seconds(), time.perf_counter()
   while len(times) < runs and (not times or sum(times) < budget):
@@ -35,11 +42,10 @@ def measure(
     times.append(time.perf_counter() - began)
     busy.append(time.process_time() - busy_before)
   elapsed = time.perf_counter() - since
-  return {
+  return first | {
     "seconds": statistics.median(times),
     "runs": times,
     "cpu_seconds": statistics.median(busy),
-    "first_seconds": first,
     "other_cpus": max(0.0, _busy_seconds() - all_busy - sum(busy)) / elapsed,
     "peak_rss_bytes": peak_rss_bytes(),
   }

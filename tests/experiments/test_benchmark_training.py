@@ -10,11 +10,12 @@ from experiments import benchmark_training
 from experiments import benchmark_training_plots
 from experiments import benchmark_training_rows as rows_lib
 from experiments import common
+from experiments import stopwatch
 
 
 def results(lengths=(256, 512)):
   """Made-up rows: DSA takes 2 s whatever the length, dense 1 s at 256."""
-  for row in rows_lib.rows(lengths, "tiny", "layer", 2):
+  for row in rows_lib.rows(lengths, "tiny", "layer", 2, 8192):
     if row["job"] == "input":
       yield row | {"tokens": 10_000, "seconds": 2.0}
       continue
@@ -28,8 +29,21 @@ def results(lengths=(256, 512)):
 
 
 def test_rows_are_not_repeated():
-  rows = [json.dumps(row) for row in rows_lib.rows([1, 2], "tiny", "layer", 2)]
-  assert len(set(rows)) == len(rows) == 5
+  rows = list(rows_lib.rows([1, 2], "tiny", "layer", 2, 2))
+  assert len(set(map(json.dumps, rows))) == len(rows) == 5
+  assert [row["single"] for row in rows if row["job"] == "step"] == [
+    *(False, False),
+    *(True, True),
+  ]
+
+
+def test_a_run_without_a_warm_up_is_timed_once():
+  calls = []
+  found = stopwatch.measure(lambda: calls.append(1), runs=1, warm_up=False)
+  assert len(calls) == len(found["runs"]) == 1
+  assert "first_seconds" not in found
+  found = stopwatch.measure(lambda: calls.append(1), runs=1)
+  assert len(calls) == 3 and found["first_seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -70,7 +84,11 @@ def test_a_tiny_step_is_measured(tmp_path):
   # Its own CPUs, so that the tests after it keep theirs.
   threads = len(os.sched_getaffinity(0))
   with flagsaver.flagsaver(
-    workdir=str(tmp_path), model="tiny", lengths=["128"], threads=threads
+    workdir=str(tmp_path),
+    model="tiny",
+    lengths=["128"],
+    single_from=128,
+    threads=threads,
   ):
     benchmark_training.main([])
   rows = [

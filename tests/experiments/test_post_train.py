@@ -33,6 +33,10 @@ def test_every_model_is_reported_in_every_domain_and_mode(tmp_path):
     assert counts["mixed"] <= counts["accepted"] <= counts["answers"] == 12
   assert (tmp_path / "pass_at_1.png").read_bytes().startswith(b"\x89PNG")
   assert "forgotten" in (tmp_path / "report.md").read_text()
+  # As the config has it: there is nothing for an indexer to choose.
+  for name in ("start", "distilled"):
+    made = json.loads((tmp_path / name / "config.json").read_text())
+    assert made["stage"]["trains"] == "model"
   # Only accepted answers are learnt from, and what is learnt is the model's.
   rows = (tmp_path / "distillation" / "sft.jsonl").read_text().splitlines()
   assert rows
