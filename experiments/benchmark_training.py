@@ -2,7 +2,7 @@
 
 python -m experiments.benchmark_training --workdir=DIR
 python -m experiments.benchmark_training --workdir=DIR --lengths=1024,2048
-python -m experiments.benchmark_training --workdir=DIR --parts_of=8192
+python -m experiments.benchmark_training --workdir=DIR --parts_of=2048
 
 `step`: one whole optimiser step of the 100M model `small` (--model) on one
 document of so many tokens: `dsa` is the sparse stage, its indexer's loss
@@ -13,9 +13,9 @@ the input pipeline, encoding included, beside which the step has to be slower.
 
 Random weights and tokens, float32. Each row is a process of its own: a step to
 warm up, up to three that are timed, one that is profiled; of long sequences
-(--single_from) one step is all of these. Writes JSON lines to
-DIR/training.jsonl, of which the last one of a row counts, and plots:
-DIR/speed.png, DIR/time.png, DIR/memory.png, DIR/parts.png. Needs Linux.
+(--single_from) a single step is timed. Writes JSON lines to DIR/training.jsonl,
+of which the last one of a row counts, and plots: DIR/speed.png, DIR/time.png,
+DIR/memory.png, DIR/parts.png. Needs Linux.
 """
 
 import json
@@ -43,8 +43,8 @@ _THREADS = flags.DEFINE_integer(
 )
 _SINGLE_FROM = flags.DEFINE_integer(
   "single_from",
-  8192,
-  "From this length on a row is one step alone, the profiled one.",
+  4096,
+  "From this length on a row is a single step, not profiled.",
 )
 _PARTS_OF = flags.DEFINE_integer(
   "parts_of", None, "Measure nothing; print the parts at this length."

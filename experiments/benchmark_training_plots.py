@@ -47,7 +47,9 @@ def write(results: pathlib.Path, folder: pathlib.Path) -> None:
   )
   plots.lines(
     folder / "parts.png",
-    _shares([row for row in steps if row["variant"] == "dsa"]),
+    _shares(
+      [row for row in steps if row["variant"] == "dsa" and "parts" in row]
+    ),
     title=f"Parts of a sparse training step of `{model}`, CPU",
     y_label="percent of the time",
     **common,
@@ -68,10 +70,10 @@ def parts_table(rows: list[dict], length: int) -> str:
   found = {
     row["variant"]: row["parts"]
     for row in rows
-    if row["job"] == "step" and row["length"] == length
+    if row["length"] == length and "parts" in row
   }
   if not {"dsa", "dense"} <= found.keys():
-    raise ValueError(f"--parts_of={length} has not been measured")
+    raise ValueError(f"--parts_of={length} has not been profiled")
   lines = [f"| at {length} tokens | DSA | dense |", "|---|---|---|"]
   for part in found["dsa"] | found["dense"]:
     shares = (

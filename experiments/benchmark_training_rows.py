@@ -105,20 +105,19 @@ def _step(row, workdir):
     state, metrics = compiled(state, batch)
     jax.block_until_ready((state, metrics))
 
-  folder = workdir / "profiles" / f"{row['variant']}_{length}"
   if row["single"]:
-    with jax.profiler.trace(str(folder)):
-      found = stopwatch.measure(one, runs=1, warm_up=False)
+    found = stopwatch.measure(one, runs=1, warm_up=False)
   else:
     found = stopwatch.measure(one, runs=3, budget=20.0)
+    folder = workdir / "profiles" / f"{row['variant']}_{length}"
     with jax.profiler.trace(str(folder)):
       one()
+    found["parts"] = profiling.seconds_by_part(folder, compiled.as_text())
   memory = compiled.memory_analysis()
   return found | {
     "compile_seconds": compile_seconds,
     "state_bytes": memory.argument_size_in_bytes,
     "temporary_bytes": memory.temp_size_in_bytes,
-    "parts": profiling.seconds_by_part(folder, compiled.as_text()),
   }
 
 

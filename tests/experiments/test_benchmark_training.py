@@ -73,7 +73,7 @@ def test_plots_and_tables(tmp_path, capsys):
   assert len(found) == 5
   table = benchmark_training_plots.parts_table(found, 512)
   assert "| attention | 75.0% | 75.0% |" in table.splitlines()
-  with pytest.raises(ValueError, match="--parts_of=7 has not been measured"):
+  with pytest.raises(ValueError, match="--parts_of=7 has not been profiled"):
     benchmark_training_plots.parts_table(found, 7)
 
 
@@ -87,7 +87,6 @@ def test_a_tiny_step_is_measured(tmp_path):
     workdir=str(tmp_path),
     model="tiny",
     lengths=["128"],
-    single_from=128,
     threads=threads,
   ):
     benchmark_training.main([])
