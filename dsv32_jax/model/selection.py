@@ -160,7 +160,7 @@ class Window:
     visible_BTN = indices_BTN >= 0
     if sight.key_segments_BS is not None:
       batch_B11 = jnp.arange(slots_BT.shape[0])[:, None, None]
-      segments_BTN = sight.key_segments_BS[
+      segments_BTN = jnp.asarray(sight.key_segments_BS)[
         batch_B11, jnp.maximum(indices_BTN, 0)
       ]
       visible_BTN &= segments_BTN == sight.query_segments_BT[..., None]
