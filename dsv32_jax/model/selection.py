@@ -146,14 +146,10 @@ class Window:
     self, index, key_BSK, sight, *, layer, want_indices, kernels=None
   ):
     del index, layer, kernels
-    return self.select(sight, key_BSK.shape[1], want_indices)
-
-  def select(self, sight: Visibility, num_keys: int, want_indices: bool):
-    """Selects by place alone."""
     slots_BT = sight.slots_BT
     invalid_BT = jnp.zeros(slots_BT.shape, bool)
     if not want_indices:
-      mask_BTW = window_mask(slots_BT, self.k, num_keys)
+      mask_BTW = window_mask(slots_BT, self.k, key_BSK.shape[1])
       return Selection(mask_BTW, None, invalid_BT)
     offsets_N = jnp.arange(self.k, dtype=jnp.int32)
     indices_BTN = slots_BT[..., None] - offsets_N
