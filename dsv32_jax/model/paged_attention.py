@@ -35,14 +35,14 @@ def select(held, index, sight, options, *, layer, replay=None):
   Returns:
     A Selection with indices_BTN.
   """
-  num_slots = held.table_BM.shape[1] * held.latent_PZC.shape[1]
-  top_k = isinstance(options.select, selection_lib.TopK)
-  if replay is None and top_k and options.select.takes_all(num_slots):
-    return selection_lib.every_visible(
-      sight, num_slots, options.select.k, want_indices=True
-    )
   few = index.query_BTIK.shape[1] <= FEW_QUERIES
-  if few and replay is None and top_k:
+  num_slots = held.table_BM.shape[1] * held.latent_PZC.shape[1]
+  if (
+    few
+    and replay is None
+    and isinstance(options.select, selection_lib.TopK)
+    and not options.select.takes_all(num_slots)
+  ):
     return _select_in_place(held, index, sight, options)
   return attention_lib.select(
     options,

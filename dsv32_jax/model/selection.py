@@ -170,21 +170,23 @@ DENSE = Dense()
 
 
 def every_visible(sight: Visibility, num_keys: int, k: int, want_indices: bool):
-  """Selects all that is visible of at most k keys; see `Selection`."""
+  """Selects all that is visible of at most k keys, as scores would."""
   slots_BT = jnp.minimum(sight.slots_BT, num_keys - 1)
   invalid_BT = jnp.zeros(slots_BT.shape, bool)
-  if not want_indices:
-    return Selection(window_mask(slots_BT, k, num_keys), None, invalid_BT)
-  if sight.key_segments_BS is None:
+  if want_indices and sight.key_segments_BS is None:
     index_N = jnp.arange(k, dtype=jnp.int32)
     indices_BTN = jnp.where(index_N <= slots_BT[..., None], index_N, -1)
     return Selection(None, indices_BTN, invalid_BT)
   visible_BTS = jnp.arange(num_keys) <= slots_BT[..., None]
-  visible_BTS &= (
-    sight.query_segments_BT[:, :, None] == sight.key_segments_BS[:, None]
-  )
-  indices_BTN = bitmask.to_indices(bitmask.pack(visible_BTS), k, num_keys)
-  return Selection(None, indices_BTN, invalid_BT)
+  if sight.key_segments_BS is not None:
+    visible_BTS &= (
+      sight.query_segments_BT[:, :, None] == sight.key_segments_BS[:, None]
+    )
+  mask_BTW = bitmask.pack(visible_BTS)
+  if want_indices:
+    indices_BTN = bitmask.to_indices(mask_BTW, k, num_keys)
+    return Selection(None, indices_BTN, invalid_BT)
+  return Selection(mask_BTW, None, invalid_BT)
 
 
 def window_mask(slots_BT, window: int, num_keys: int):
