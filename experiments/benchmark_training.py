@@ -15,7 +15,7 @@ Random weights and tokens, float32. Each row is a process of its own: a step to
 warm up, up to three that are timed, one that is profiled; of long sequences
 (--single_from) a single step is timed. Writes JSON lines to DIR/training.jsonl,
 of which the last one of a row counts, and plots: DIR/speed.png, DIR/time.png,
-DIR/memory.png, DIR/parts.png. Needs Linux.
+DIR/memory.png and, of what was profiled, DIR/parts.png. Needs Linux.
 """
 
 import json
@@ -45,6 +45,7 @@ _SINGLE_FROM = flags.DEFINE_integer(
   "single_from",
   4096,
   "From this length on a row is a single step, not profiled.",
+  lower_bound=1,
 )
 _PARTS_OF = flags.DEFINE_integer(
   "parts_of", None, "Measure nothing; print the parts at this length."

@@ -45,15 +45,17 @@ def write(results: pathlib.Path, folder: pathlib.Path) -> None:
     y_label="kilobytes a token",
     **common,
   )
-  plots.lines(
-    folder / "parts.png",
-    _shares(
-      [row for row in steps if row["variant"] == "dsa" and "parts" in row]
-    ),
-    title=f"Parts of a sparse training step of `{model}`, CPU",
-    y_label="percent of the time",
-    **common,
-  )
+  profiled = [
+    row for row in steps if row["variant"] == "dsa" and "parts" in row
+  ]
+  if profiled:
+    plots.lines(
+      folder / "parts.png",
+      _shares(profiled),
+      title=f"Parts of a sparse training step of `{model}`, CPU",
+      y_label="percent of the time",
+      **common,
+    )
   for row in rows:
     if row["job"] == "input":
       fastest = max(step["length"] / step["seconds"] for step in steps)

@@ -77,6 +77,19 @@ def test_plots_and_tables(tmp_path, capsys):
     benchmark_training_plots.parts_table(found, 7)
 
 
+def test_what_nobody_profiled_has_no_parts(tmp_path):
+  path = tmp_path / "training.jsonl"
+  bare = [{k: row[k] for k in row if k != "parts"} for row in results()]
+  path.write_text("".join(json.dumps(row) + "\n" for row in bare))
+  benchmark_training_plots.write(path, tmp_path)
+  assert (tmp_path / "speed.png").exists()
+  assert not (tmp_path / "parts.png").exists()
+  with pytest.raises(ValueError, match="--parts_of=512 has not been profiled"):
+    benchmark_training_plots.parts_table(
+      benchmark_training_plots.load(path), 512
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_tiny_step_is_measured(tmp_path):
