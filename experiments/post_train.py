@@ -6,13 +6,14 @@ Variants of the config: full, sequential, speciale, small, smoke. A specialist
 is made of each domain in each of its modes; --config.rl_order=sequential makes
 the last stage one for each group of domains, both does it either way. Writes
 DIR/report.md, DIR/report.json and DIR/pass_at_1.png: every model in every
-domain and mode. Called again, it goes on where it stood.
-"""
+domain """
 
 import math
+import os
 import pathlib
 
 from absl import flags
+import jax
 
 from dsv32_jax import config_files
 from dsv32_jax.evals import plots
@@ -30,6 +31,7 @@ def main(argv):
     post_training.PostTrainingConfig, flags.FLAGS.config
   )
   workdir = common.require_workdir()
+  keep_compiled(workdir / "compiled")
   try:
     report = post_training.run(config, str(workdir))
   except run.Stopped as stopped:
@@ -40,6 +42,17 @@ def main(argv):
   (folder / "report.md").write_text(text)
   draw(folder / "pass_at_1.png", config, report)
   print(text)
+
+
+def keep_compiled(folder: pathlib.Path) -> None:
+  """Keeps compiled programs in a folder, unless another one is named.
+
+  Parts, and the processes that they run in, want the same programs.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # For processes to come.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
 
 
 def draw(path, config, report: dict) -> None:
