@@ -6,7 +6,9 @@ Variants of the config: full, sequential, speciale, small, smoke. A specialist
 is made of each domain in each of its modes; --config.rl_order=sequential makes
 the last stage one for each group of domains, both does it either way. Writes
 DIR/report.md, DIR/report.json and DIR/pass_at_1.png: every model in every
-domain """
+domain and mode. Called again, it goes on where it stood. Compiled programs are
+kept in DIR/compiled, or in JAX_COMPILATION_CACHE_DIR where that is set.
+"""
 
 import math
 import os
