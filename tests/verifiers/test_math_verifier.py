@@ -45,25 +45,66 @@ def test_what_stops_the_program_costs_no_score(pool, number):
   assert outcome.value == number and not outcome.error
 
 
-def test_a_pool_that_nobody_closes_ends_with_its_program(tmp_path):
-  program = tmp_path / "program.py"
-  program.write_text(
-    "from dsv32_jax.verifiers import workers\n"
-    "if __name__ == '__main__':\n"
-    "  pool = workers.WorkerPool(abs, num_workers=1, timeout_seconds=60)\n"
-    "  print(pool.map([-1])[0].value, pool._idle[0].process.pid)\n"
-  )
-  finished = subprocess.run(
-    [sys.executable, program],
-    check=True,
+def run_program(path, text):
+  """What a program of its own prints and how it ends."""
+  path.write_text("from dsv32_jax.verifiers import workers\n" + text)
+  return subprocess.run(
+    [sys.executable, path],
+    check=False,
     capture_output=True,
     text=True,
     timeout=120,
     env=os.environ | {"PYTHONPATH": os.getcwd()},
   )
+
+
+def test_a_pool_that_nobody_closes_ends_with_its_program(tmp_path):
+  finished = run_program(
+    tmp_path / "program.py",
+    "pool = workers.WorkerPool(abs, num_workers=1, timeout_seconds=60)\n"
+    "print(pool.map([-1])[0].value, pool._idle[0].process.pid)\n",
+  )
+  assert finished.returncode == 0 and not finished.stderr
   value, pid = finished.stdout.split()
   assert value == "1"
   assert not pathlib.Path(f"/proc/{pid}").exists()
+
+
+POOL_OF_A_PROGRAM = """
+class Pair(tuple):
+  def __abs__(self):
+    return self[0] + self[1]
+print("imported", __name__, flush=True)
+if __name__ == "__main__":
+  with workers.WorkerPool(abs, num_workers=1, timeout_seconds=60) as pool:
+    print(pool.map([-1])[0].value, flush=True)
+    print([outcome.value for outcome in pool.map([-2, Pair((3, 4))])])
+"""
+
+
+def test_a_worker_imports_the_program_only_for_what_it_defines(tmp_path):
+  finished = run_program(tmp_path / "program.py", POOL_OF_A_PROGRAM)
+  assert finished.returncode == 0 and not finished.stderr
+  assert finished.stdout.split("\n") == [
+    "imported __main__",
+    "1",
+    "imported __mp_main__",
+    "[2, 7]",
+    "",
+  ]
+
+
+def test_a_program_without_a_guard_starts_no_chain_of_workers(tmp_path):
+  finished = run_program(
+    tmp_path / "program.py",
+    "def double(value):\n"
+    "  return 2 * value\n"
+    "pool = workers.WorkerPool(double, num_workers=1, timeout_seconds=60)\n"
+    "print(pool.map([1]))\n",
+  )
+  assert finished.returncode == 1 and not finished.stdout
+  assert finished.stderr.count("guard what the program runs") == 1
+  assert finished.stderr.count("died as it started") == 1
 
 
 def test_failures_cost_their_own_item_only(pool):
