@@ -1,6 +1,7 @@
 """What the fronts share: choosing an implementation, interpreting a TPU's."""
 
 import functools
+import importlib
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -11,6 +12,18 @@ INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 def interpreted(kernel):
   """Returns a TPU implementation that the interpreter runs on any device."""
   return functools.partial(kernel, interpret=INTERPRET)
+
+
+def at_first_call(module: str, name: str):
+  """Returns a function of a module that is imported when it is called.
+
+  For kernels of GPUs: their language takes most of a second to import.
+  """
+
+  def call(*arguments, **named):
+    return getattr(importlib.import_module(module), name)(*arguments, **named)
+
+  return call
 
 
 def refuse_empty(*arrays):

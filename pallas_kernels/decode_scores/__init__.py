@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import implementations
-from pallas_kernels.decode_scores import gpu
 from pallas_kernels.decode_scores import ref
 from pallas_kernels.decode_scores import tpu
 from pallas_kernels.decode_scores import xla
@@ -63,7 +62,7 @@ def decode_scores(
   scores = {
     "ref": ref.scores,
     "xla": functools.partial(xla.scores, run=run),
-    "gpu": gpu.scores,
+    "gpu": implementations.at_first_call(__name__ + ".gpu", "scores"),
     "tpu": tpu.scores,
     "tpu_interpret": implementations.interpreted(tpu.scores),
   }

@@ -17,7 +17,6 @@ from pallas_kernels import bitmask
 from pallas_kernels import implementations
 from pallas_kernels import visibility
 from pallas_kernels.index_select import few
-from pallas_kernels.index_select import gpu
 from pallas_kernels.index_select import ref
 from pallas_kernels.index_select import tpu
 from pallas_kernels.index_select import tpu_indices
@@ -101,7 +100,7 @@ def index_select(
   select = {
     "ref": ref.select,
     "xla": xla.select,
-    "gpu": gpu.select,
+    "gpu": implementations.at_first_call(__name__ + ".gpu", "select"),
     "tpu": tpu.select,
     "tpu_interpret": implementations.interpreted(tpu.select),
   }

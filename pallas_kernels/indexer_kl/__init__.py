@@ -24,9 +24,7 @@ from pallas_kernels import implementations
 from pallas_kernels import visibility
 from pallas_kernels.indexer_kl import checks
 from pallas_kernels.indexer_kl import gathered
-from pallas_kernels.indexer_kl import gathered_gpu
 from pallas_kernels.indexer_kl import gathered_tpu
-from pallas_kernels.indexer_kl import masked_gpu
 from pallas_kernels.indexer_kl import ref
 from pallas_kernels.indexer_kl import tpu
 from pallas_kernels.indexer_kl import xla
@@ -259,14 +257,14 @@ def _gathered(implementation, is_sorted):
 _MASKED = {
   "ref": functools.partial(_evaluate_reference, ref.indexer_kl),
   "xla": xla.evaluate,
-  "gpu": masked_gpu.evaluate,
+  "gpu": implementations.at_first_call(__name__ + ".masked_gpu", "evaluate"),
   "tpu": tpu.evaluate,
   "tpu_interpret": implementations.interpreted(tpu.evaluate),
 }
 _GATHERED = {
   "ref": functools.partial(_evaluate_reference, ref.indexer_kl_gathered),
   "xla": gathered.evaluate,
-  "gpu": gathered_gpu.evaluate,
+  "gpu": implementations.at_first_call(__name__ + ".gathered_gpu", "evaluate"),
   "tpu": gathered_tpu.evaluate,
   "tpu_interpret": implementations.interpreted(gathered_tpu.evaluate),
 }

@@ -17,8 +17,6 @@ import jax.numpy as jnp
 from pallas_kernels import bitmask
 from pallas_kernels import implementations
 from pallas_kernels import visibility
-from pallas_kernels.masked_attention import gpu
-from pallas_kernels.masked_attention import gpu_backward
 from pallas_kernels.masked_attention import ref
 from pallas_kernels.masked_attention import tpu
 from pallas_kernels.masked_attention import tpu_backward
@@ -27,14 +25,14 @@ from pallas_kernels.masked_attention import xla
 _FORWARD = {
   "ref": ref.forward,
   "xla": xla.forward,
-  "gpu": gpu.forward,
+  "gpu": implementations.at_first_call(__name__ + ".gpu", "forward"),
   "tpu": tpu.forward,
   "tpu_interpret": implementations.interpreted(tpu.forward),
 }
 _BACKWARD = {
   "ref": ref.backward,
   "xla": xla.backward,
-  "gpu": gpu_backward.backward,
+  "gpu": implementations.at_first_call(__name__ + ".gpu_backward", "backward"),
   "tpu": tpu_backward.backward,
   "tpu_interpret": implementations.interpreted(tpu_backward.backward),
 }

@@ -12,8 +12,6 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from pallas_kernels import implementations
-from pallas_kernels.sparse_mla import gpu
-from pallas_kernels.sparse_mla import gpu_backward
 from pallas_kernels.sparse_mla import ref
 from pallas_kernels.sparse_mla import tpu
 from pallas_kernels.sparse_mla import tpu_backward
@@ -22,14 +20,14 @@ from pallas_kernels.sparse_mla import xla
 _FORWARD = {
   "ref": ref.forward,
   "xla": xla.forward,
-  "gpu": gpu.forward,
+  "gpu": implementations.at_first_call(__name__ + ".gpu", "forward"),
   "tpu": tpu.forward,
   "tpu_interpret": implementations.interpreted(tpu.forward),
 }
 _BACKWARD = {
   "ref": ref.backward,
   "xla": xla.backward,
-  "gpu": gpu_backward.backward,
+  "gpu": implementations.at_first_call(__name__ + ".gpu_backward", "backward"),
   "tpu": tpu_backward.backward,
   "tpu_interpret": implementations.interpreted(tpu_backward.backward),
 }

@@ -94,7 +94,8 @@ class Terminal:
     self._end, theirs = pty.openpty()
     self.shown = ""
     self._process = subprocess.Popen(
-      arguments,
+      # What runs in a shell's background hands on that interrupts are ignored.
+      ["env", "--default-signal=INT", *arguments],
       stdin=theirs,
       stdout=theirs,
       stderr=theirs,

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.support import notebook_runs
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -25,31 +27,38 @@ def quickstart(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_smoke(tmp_path):
-  first = quickstart("--smoke", f"--workdir={tmp_path}")
+def test_smoke_and_the_notebook_goes_on(tmp_path):
+  folder = tmp_path / "runs" / "quickstart" / "smoke"
+  first = quickstart("--smoke", f"--workdir={folder}")
   assert first.returncode == 0, first.stderr
-  report = json.loads((tmp_path / "report.json").read_text())
+  report = json.loads((folder / "report.json").read_text())
   assert report["held_out_loss"].keys() == {"dense", "dsa", "random", "window"}
   assert {"dsa", "best"} <= report["attention_mass"].keys()
   assert 0 < report["attention_mass"]["dsa"] <= report["attention_mass"]["best"]
   assert report["sequence_length"] >= 8 * report["top_k"]
   assert report["tokens"] > 1000 and report["seconds"] > 0
-  text = (tmp_path / "report.md").read_text()
+  text = (folder / "report.md").read_text()
   for name in ("loss", "indexer", "held_out", "position", "mass", "decode"):
     assert f"({name}.png)" in text
-    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
   assert "control: random keys" in first.stderr
 
-  again = quickstart("--smoke", f"--workdir={tmp_path}")
+  again = quickstart("--smoke", f"--workdir={folder}")
   assert again.returncode == 0, again.stderr
-  assert json.loads((tmp_path / "report.json").read_text()) == report
+  assert json.loads((folder / "report.json").read_text()) == report
   other = quickstart(
     "--config=configs/quickstart.py:smoke",
     "--config.seed=1",
-    f"--workdir={tmp_path}",
+    f"--workdir={folder}",
   )
   assert other.returncode == 1
   assert "holds a recipe with another config.seed" in other.stderr
+
+  # The same calls cell by cell, where all is there but the report.
+  (folder / "report.json").unlink()
+  notebook_runs.execute(notebook_runs.FOLDER / "quickstart.ipynb", tmp_path)
+  found = json.loads((folder / "report.json").read_text())
+  assert found["held_out_loss"] == report["held_out_loss"]
 
 
 def test_smoke_is_not_changed_in_silence(tmp_path):
