@@ -14,14 +14,15 @@ def interpreted(kernel):
   return functools.partial(kernel, interpret=INTERPRET)
 
 
-def at_first_call(module: str, name: str):
-  """Returns a function of a module that is imported when it is called.
+def at_first_call(package: str, module: str, name: str):
+  """Returns a function whose module is imported when it is called.
 
   For kernels of GPUs: their language takes most of a second to import.
   """
 
   def call(*arguments, **named):
-    return getattr(importlib.import_module(module), name)(*arguments, **named)
+    found = importlib.import_module(f"{package}.{module}")
+    return getattr(found, name)(*arguments, **named)
 
   return call
 

@@ -62,6 +62,7 @@ MAY_IMPORT = {
 }
 WITHOUT_JAX = ("dsv32_jax.agents", "dsv32_jax.verifiers")
 # Reading with these may run what the file says.
+IMPORTS_LATER = {"pallas_kernels.implementations"}
 RUN_WHAT_THEY_READ = {
   *("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"),
   *("jinja2", "torch"),
@@ -161,7 +162,9 @@ def test_third_party_imports(path):
     where, package = f"{path}:{line}: {target}", target.split(".")[0]
     # The library reads neither flags nor the environment.
     assert not is_within(target, "absl.flags"), where
-    assert target not in ("os.environ", "os.getenv", "importlib"), where
+    assert target not in ("os.environ", "os.getenv"), where
+    # What names a module in a string is not seen here: kernels of GPUs alone.
+    assert target != "importlib" or module in IMPORTS_LATER, where
     if any(is_within(module, part) for part in WITHOUT_JAX):
       assert package not in ("jax", "flax", "optax", "orbax"), where
     if is_within(module, "pallas_kernels"):

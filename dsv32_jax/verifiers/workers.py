@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import multiprocessing
 from multiprocessing import connection
+from multiprocessing import reduction
 from multiprocessing import spawn
-import pickle
 import resource
 import signal
 import subprocess
@@ -214,7 +214,7 @@ def _end(process):
 
 def _names_program(value) -> bool:
   """Whether only a process that has the program's module can read a value."""
-  return b"__main__" in pickle.dumps(value)
+  return b"__main__" in bytes(reduction.ForkingPickler.dumps(value))
 
 
 def _finished(busy):

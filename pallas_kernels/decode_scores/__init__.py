@@ -62,7 +62,7 @@ def decode_scores(
   scores = {
     "ref": ref.scores,
     "xla": functools.partial(xla.scores, run=run),
-    "gpu": implementations.at_first_call(__name__ + ".gpu", "scores"),
+    "gpu": implementations.at_first_call(__name__, "gpu", "scores"),
     "tpu": tpu.scores,
     "tpu_interpret": implementations.interpreted(tpu.scores),
   }

@@ -100,7 +100,7 @@ def index_select(
   select = {
     "ref": ref.select,
     "xla": xla.select,
-    "gpu": implementations.at_first_call(__name__ + ".gpu", "select"),
+    "gpu": implementations.at_first_call(__name__, "gpu", "select"),
     "tpu": tpu.select,
     "tpu_interpret": implementations.interpreted(tpu.select),
   }

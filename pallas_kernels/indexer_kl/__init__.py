@@ -257,14 +257,14 @@ def _gathered(implementation, is_sorted):
 _MASKED = {
   "ref": functools.partial(_evaluate_reference, ref.indexer_kl),
   "xla": xla.evaluate,
-  "gpu": implementations.at_first_call(__name__ + ".masked_gpu", "evaluate"),
+  "gpu": implementations.at_first_call(__name__, "masked_gpu", "evaluate"),
   "tpu": tpu.evaluate,
   "tpu_interpret": implementations.interpreted(tpu.evaluate),
 }
 _GATHERED = {
   "ref": functools.partial(_evaluate_reference, ref.indexer_kl_gathered),
   "xla": gathered.evaluate,
-  "gpu": implementations.at_first_call(__name__ + ".gathered_gpu", "evaluate"),
+  "gpu": implementations.at_first_call(__name__, "gathered_gpu", "evaluate"),
   "tpu": gathered_tpu.evaluate,
   "tpu_interpret": implementations.interpreted(gathered_tpu.evaluate),
 }

@@ -20,14 +20,14 @@ from pallas_kernels.sparse_mla import xla
 _FORWARD = {
   "ref": ref.forward,
   "xla": xla.forward,
-  "gpu": implementations.at_first_call(__name__ + ".gpu", "forward"),
+  "gpu": implementations.at_first_call(__name__, "gpu", "forward"),
   "tpu": tpu.forward,
   "tpu_interpret": implementations.interpreted(tpu.forward),
 }
 _BACKWARD = {
   "ref": ref.backward,
   "xla": xla.backward,
-  "gpu": implementations.at_first_call(__name__ + ".gpu_backward", "backward"),
+  "gpu": implementations.at_first_call(__name__, "gpu_backward", "backward"),
   "tpu": tpu_backward.backward,
   "tpu_interpret": implementations.interpreted(tpu_backward.backward),
 }
