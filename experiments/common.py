@@ -247,7 +247,16 @@ def _parse(argv: list[str]) -> list[str]:
       cause = rest.strip().splitlines()[-1]
       flag = flag.replace("Error whilst parsing config file:", "")
       error = ValueError(f"{flag.rstrip()} {cause.partition(': ')[2] or cause}")
+    elif isinstance(error, KeyError):
+      error = ValueError(_no_such_field(argv, str(error.args[0]).strip("'")))
     _fail(error)
+
+
+def _no_such_field(argv: list[str], field: str) -> str:
+  """What is wrong, where all that the config said is a field it lacks."""
+  names = [argument.partition("=")[0] for argument in argv]
+  flag = next((name for name in names if field in name.split(".")), "--config")
+  return f"{flag}: the config has no field {field!r}"
 
 
 def _fail(error: BaseException) -> None:

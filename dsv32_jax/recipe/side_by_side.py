@@ -117,7 +117,8 @@ def _stop(workers) -> None:
   """Ends the processes; those at a part save its state first."""
   for worker in workers:
     if worker.part is None:
-      worker.alive.close()
+      # Nothing more is told: it leaves of itself.
+      worker.talk.close()
     else:
       worker.process.terminate()
   for worker in workers:

@@ -60,7 +60,14 @@ def test_overrides_reach_the_config(tmp_path):
       (CONFIG + ":x", "--workdir=W"),
       ":x: config has no variant 'x', only short, long",
     ),
-    ((CONFIG, "--workdir=W", "--config.stepz=1"), "stepz"),
+    (
+      (CONFIG, "--workdir=W", "--config.stepz=1"),
+      "--config.stepz: the config has no field 'stepz'",
+    ),
+    (
+      (CONFIG, "--workdir=W", "--config.part.nope.limit=1"),
+      "--config.part.nope.limit: the config has no field 'nope'",
+    ),
     ((CONFIG, "--workdir=W", "--config.steps=abc"), "config.steps"),
     ((CONFIG, "--workdir=W", "--config.part.limit=1.5"), "limit"),
     ((CONFIG, "--workdir=W", "--config.steps=-1"), "steps=-1 must not be"),
