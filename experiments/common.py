@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import logging
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import traceback
@@ -247,16 +248,20 @@ def _parse(argv: list[str]) -> list[str]:
       cause = rest.strip().splitlines()[-1]
       flag = flag.replace("Error whilst parsing config file:", "")
       error = ValueError(f"{flag.rstrip()} {cause.partition(': ')[2] or cause}")
-    elif isinstance(error, KeyError):
-      error = ValueError(_no_such_field(argv, str(error.args[0]).strip("'")))
+    elif isinstance(error, (AttributeError, KeyError)):
+      error = ValueError(_no_such_field(argv, str(error)))
     _fail(error)
 
 
-def _no_such_field(argv: list[str], field: str) -> str:
-  """What is wrong, where all that the config said is a field it lacks."""
-  names = [argument.partition("=")[0] for argument in argv]
-  flag = next((name for name in names if field in name.split(".")), "--config")
-  return f"{flag}: the config has no field {field!r}"
+def _no_such_field(argv: list[str], told: str) -> str:
+  """Names the flag of a field that the config lacks, if one is told."""
+  field = re.match(r"\W*(\w*)", told)[1]
+  hint = re.search(r"Did you mean .*\?|$", told)[0]
+  for argument in argv:
+    flag = argument.partition("=")[0]
+    if field in flag.split("."):
+      return f"{flag}: the config has no field {field!r}. {hint}".strip()
+  return told
 
 
 def _fail(error: BaseException) -> None:

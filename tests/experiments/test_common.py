@@ -62,7 +62,7 @@ def test_overrides_reach_the_config(tmp_path):
     ),
     (
       (CONFIG, "--workdir=W", "--config.stepz=1"),
-      "--config.stepz: the config has no field 'stepz'",
+      "--config.stepz: the config has no field 'stepz'. Did you mean \"steps\"",
     ),
     (
       (CONFIG, "--workdir=W", "--config.part.nope.limit=1"),
