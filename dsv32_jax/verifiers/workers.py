@@ -16,6 +16,7 @@ import multiprocessing
 from multiprocessing import connection
 from multiprocessing import reduction
 from multiprocessing import spawn
+import pickletools
 import resource
 import signal
 import subprocess
@@ -213,8 +214,14 @@ def _end(process):
 
 
 def _names_program(value) -> bool:
-  """Whether only a process that has the program's module can read a value."""
-  return b"__main__" in bytes(reduction.ForkingPickler.dumps(value))
+  """Whether only a process that has the program's module can read a value.
+
+  A text that speaks of `__main__`, as programs do, is not enough.
+  """
+  data = bytes(reduction.ForkingPickler.dumps(value))
+  return b"__main__" in data and any(
+    argument == "__main__" for _, argument, _ in pickletools.genops(data)
+  )
 
 
 def _finished(busy):

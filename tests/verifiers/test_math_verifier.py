@@ -78,6 +78,7 @@ print("imported", __name__, flush=True)
 if __name__ == "__main__":
   with workers.WorkerPool(abs, num_workers=1, timeout_seconds=60) as pool:
     print(pool.map([-1])[0].value, flush=True)
+    print(pool.map(["if __name__ == '__main__'"])[0].error, flush=True)
     print([outcome.value for outcome in pool.map([-2, Pair((3, 4))])])
 """
 
@@ -88,6 +89,7 @@ def test_a_worker_imports_the_program_only_for_what_it_defines(tmp_path):
   assert finished.stdout.split("\n") == [
     "imported __main__",
     "1",
+    "TypeError: bad operand type for abs(): 'str'",
     "imported __mp_main__",
     "[2, 7]",
     "",
