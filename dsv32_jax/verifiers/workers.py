@@ -70,7 +70,7 @@ class WorkerPool:
       memory_bytes: address space of a worker at most, or None.
 
     Raises:
-      ValueError: if a number is not positive.
+      ValueError: if a number is not positive, or no name leads to the function.
     """
     for name, value in (
       ("num_workers", num_workers),
@@ -83,7 +83,13 @@ class WorkerPool:
     self._num_workers = num_workers
     self._timeout = timeout_seconds
     self._memory = memory_bytes
-    self._with_program = _names_program(function)
+    try:
+      self._with_program = _names_program(function)
+    # Versions of Python raise one or the other for a function without a name.
+    except Exception as error:
+      raise ValueError(
+        f"{function!r} reaches no new process: {error}"
+      ) from None
     self._idle: list[_Worker] = []
     self._closed = False
 

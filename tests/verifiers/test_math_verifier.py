@@ -150,6 +150,8 @@ def test_bad_pools():
     workers.WorkerPool(behave, num_workers=0, timeout_seconds=1)
   with pytest.raises(ValueError, match="timeout_seconds=0"):
     workers.WorkerPool(behave, num_workers=1, timeout_seconds=0)
+  with pytest.raises(ValueError, match=r"lambda.* reaches no new process"):
+    workers.WorkerPool(lambda item: item, num_workers=1, timeout_seconds=1)
   pool = workers.WorkerPool(behave, num_workers=1, timeout_seconds=1)
   pool.close()
   with pytest.raises(ValueError, match="closed"):
